@@ -1,0 +1,55 @@
+# `make help` lists the targets. Variables: VENV, PYTHON (3.11 or later), TORCH, PYTEST (arguments), ARGS (quickstart).
+VENV   ?= .venv
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+PYTEST ?= tests
+ARGS   ?=
+
+bin := $(VENV)/bin
+stamp := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test lint unit test-slow parity mutants clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+venv: $(stamp)  ## the virtual environment in VENV, made once and again when setup.py or constraints.txt change
+
+# torch comes first and alone: asked for by another package, pip would take the newest one.
+$(stamp): setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=")'
+	@echo "Installing into $(VENV): one to two minutes, about 2 GB"
+	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet "$(TORCH)"
+	$(bin)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+quickstart: $(stamp)  ## a small real model: convert, train, plot, compare answers
+	$(bin)/python tools/quickstart.py $(ARGS)
+
+test: lint unit  ## lint, types, import contracts, tests; PYTEST="tests/data -k name" chooses tests
+
+lint: $(stamp)  ## ruff, mypy, import-linter
+	$(bin)/ruff check .
+	$(bin)/mypy nemo_dpo
+	$(bin)/lint-imports
+
+# One thread per process: the tests start several ranks on the same cores.
+unit test-slow parity mutants: export OMP_NUM_THREADS := 1
+
+unit: $(stamp)
+	$(bin)/python -m pytest $(PYTEST)
+
+test-slow: $(stamp)  ## the long tests
+	$(bin)/python -m pytest -m slow $(PYTEST)
+
+parity: $(stamp)  ## TRL's per-step figures on a real model
+	$(bin)/python -m pytest -m parity $(PYTEST)
+
+mutants: $(stamp)  ## deliberate bugs, each of which must turn a named test red
+	$(bin)/python -m pytest -m mutants $(PYTEST)
+
+clean:  ## remove VENV, caches and build folders; results stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,231 @@
+"""The composition root: the one place that builds everything from a configuration."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+
+from nemo_dpo.checkpoint import CheckpointError, archive, sharded
+from nemo_dpo.config import Config, ConfigError
+from nemo_dpo.losses import build_objective
+from nemo_dpo.model.architecture import Architecture
+from nemo_dpo.model.build import BuildOptions, build_model, has_transformer_engine
+from nemo_dpo.parallel import cpu_host
+from nemo_dpo.parallel.collective import agree, on_rank_zero
+from nemo_dpo.parallel.engine import Engine
+from nemo_dpo.parallel.groups import Groups, Layout, initialize
+from nemo_dpo.reference.frozen import FrozenReference
+from nemo_dpo.tokenizer import load_tokenizer
+from nemo_dpo.training import run_log, signals
+from nemo_dpo.training.cadence import Cadence, CheckpointKeeper, Rhythm
+from nemo_dpo.training.data import PairData
+from nemo_dpo.training.finish import finish
+from nemo_dpo.training.module import PreferenceModule
+from nemo_dpo.training.strategy import MegatronStrategy
+
+logger = logging.getLogger(__name__)
+
+
+def train(cfg: Config) -> int:
+    """A DPO run from its start, or from its newest checkpoint, to its end; returns the exit status."""
+    log_dir = run_log.log_dir_of(cfg.exp_manager)
+    with process_group(cfg) as groups:
+        _set_up_logging(groups)
+        resume = on_rank_zero(lambda: _checkpoint_to_resume(cfg, log_dir))
+        on_rank_zero(lambda: run_log.save_run_facts(cfg, log_dir))
+        with _extracted(Path(str(cfg.pretrained_checkpoint.restore_from_path))) as folder:
+            model_config = archive.read_model_config(folder)
+            tokenizer = load_tokenizer(model_config["tokenizer"], folder)
+            data = PairData.prepare(cfg, model_config, tokenizer, log_dir, groups)
+            engine = build_engine(cfg, Architecture.parse(model_config), folder, groups)
+            module, trainer, cadence = _build_trainer(cfg, log_dir, engine, data, resume)
+            trainer.fit(
+                module, data.train_loader(lambda: trainer.global_step), ckpt_path=str(resume) if resume else None
+            )
+            if trainer.global_step >= data.max_steps:
+                finish(cfg, log_dir, folder, module, data)
+            else:
+                logger.warning(
+                    "ended after step %d of %d (%s); start again to resume",
+                    trainer.global_step,
+                    data.max_steps,
+                    cadence.stop_reason,
+                )
+    return 0
+
+
+@contextmanager
+def process_group(cfg: Config) -> Iterator[Groups]:
+    """torch.distributed and megatron-core's groups over the ranks that the environment names."""
+    on_cpu = cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    _set_determinism(cfg)
+    if on_cpu:
+        cpu_host.install()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=datetime.timedelta(minutes=30))
+    try:
+        yield initialize(layout_of(cfg, dist.get_world_size()), device, cfg.model.seed)
+    finally:
+        dist.destroy_process_group()
+
+
+def layout_of(cfg: Config, world: int) -> Layout:
+    """The parallel keys of `model`."""
+    model = cfg.model
+    return Layout(
+        world=world,
+        tp=model.tensor_model_parallel_size,
+        pp=model.pipeline_model_parallel_size,
+        vpp=model.virtual_pipeline_model_parallel_size,
+        sequence_parallel=model.sequence_parallel and model.tensor_model_parallel_size > 1,
+    )
+
+
+def build_engine(cfg: Config, arch: Architecture, folder: Path, groups: Groups) -> Engine:
+    """The model of the extracted archive `folder` under this run's layout, with its optimizer."""
+    chunks, transformer = build_model(arch, groups, build_options(cfg))
+    sharded.load_weights(folder / archive.MODEL_WEIGHTS, chunks)
+    engine = Engine(chunks, transformer, groups, cfg.model.optim)
+    logger.info(
+        "model: %.1f M parameters on this rank; %s",
+        sum(p.numel() for c in chunks for p in c.parameters()) / 1e6,
+        groups.layout,
+    )
+    return engine
+
+
+def build_options(cfg: Config) -> BuildOptions:
+    """What `model` says about precision, kernels, recompute and dropout."""
+    model = cfg.model
+    wanted = model.transformer_engine
+    if wanted and not has_transformer_engine():
+        raise ConfigError(
+            "model.transformer_engine=true but transformer_engine cannot be imported here; use null or false"
+        )
+    return BuildOptions(
+        dtype=torch.bfloat16 if cfg.trainer.bf16 else torch.float32,
+        transformer_engine=has_transformer_engine() if wanted is None else wanted,
+        recompute_granularity=model.activations_checkpoint_granularity,
+        recompute_method=model.activations_checkpoint_method,
+        recompute_num_layers=model.activations_checkpoint_num_layers,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        deterministic=model.deterministic,
+    )
+
+
+def _build_trainer(
+    cfg: Config, log_dir: Path, engine: Engine, data: PairData, resume: Path | None
+) -> tuple[PreferenceModule, pl.Trainer, Cadence]:
+    progress = sharded.read_progress(resume) if resume else {"step": 0}
+    data.check_unchanged(progress)
+    module = PreferenceModule(
+        engine,
+        FrozenReference(engine),
+        build_objective(cfg.model.dpo),
+        cfg.model.optim,
+        clip_grad=cfg.trainer.dpo.gradient_clip_val,
+        max_steps=data.max_steps,
+    )
+    params = cfg.exp_manager.checkpoint_callback_params
+    keeper = CheckpointKeeper(log_dir / "checkpoints", params) if cfg.exp_manager.create_checkpoint_callback else None
+    rhythm = Rhythm(
+        max_steps=data.max_steps,
+        val_interval=data.validation_interval,
+        save_interval=cfg.trainer.dpo.save_interval,
+        log_interval=cfg.trainer.log_every_n_steps,
+        sampler=data.sampler,
+    )
+    cadence = Cadence(rhythm, data.batches("validation"), keeper, signals.TimeLimit(cfg.exp_manager.max_time_per_run))
+    module.progress = lambda: {**data.progress(module.trainer.global_step), "layout": sharded.layout_of(engine)}
+    trainer = pl.Trainer(
+        accelerator="cpu" if engine.groups.device.type == "cpu" else "gpu",
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+        num_nodes=engine.groups.layout.world // int(os.environ["LOCAL_WORLD_SIZE"]),
+        strategy=MegatronStrategy(engine),
+        plugins=[TorchElasticEnvironment()],
+        precision="32-true",  # megatron-core holds the dtype; Lightning's would autocast around it
+        max_epochs=-1,
+        max_steps=data.max_steps,
+        callbacks=[cadence, run_log.ProgressBar()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+    )
+    # Lightning turns SIGTERM into exit status 0 without a checkpoint; `signals` notes it and `Cadence` acts on it.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    run_log.attach_loggers(trainer, cfg.exp_manager, log_dir, progress["step"])
+    return module, trainer, cadence
+
+
+def _checkpoint_to_resume(cfg: Config, log_dir: Path) -> Path | None:
+    manager = cfg.exp_manager
+    if manager.resume_from_checkpoint is not None:
+        folder = Path(manager.resume_from_checkpoint)
+        sharded.read_progress(folder)
+        return folder
+    for left in sharded.remove_unfinished(log_dir / "checkpoints"):
+        logger.warning("removed %s, left by an interrupted save", left)
+    found = sharded.complete_checkpoints(log_dir / "checkpoints") if manager.resume_if_exists else []
+    if not found and manager.resume_if_exists and not manager.resume_ignore_no_checkpoint:
+        raise CheckpointError(
+            f"{log_dir / 'checkpoints'} holds no checkpoint and exp_manager.resume_ignore_no_checkpoint=false; set it to true to start afresh"
+        )
+    if found:
+        logger.info("resuming from %s", found[-1])
+    return found[-1] if found else None
+
+
+@contextmanager
+def _extracted(path: Path) -> Iterator[Path]:
+    """The archive as a folder that every rank of this host can read; it is unpacked once a host."""
+    if path.is_dir():
+        with archive.open_folder(path) as folder:
+            yield folder
+        return
+    unpacks = int(os.environ["LOCAL_RANK"]) == 0
+    folder = Path(tempfile.gettempdir()) / on_rank_zero(lambda: f"nemo_dpo_{uuid.uuid4().hex}")
+    try:
+        agree(lambda: archive.extract(path, folder) if unpacks else None)
+        yield folder
+    finally:
+        if unpacks:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _set_determinism(cfg: Config) -> None:
+    # Transformer Engine reads this when it is imported; a value that the user has set is left alone.
+    if cfg.model.deterministic:
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _set_up_logging(groups: Groups) -> None:
+    from nemo.utils import logging as nemo_logging
+
+    level = logging.INFO if groups.rank == 0 else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s", force=True)
+    logging.getLogger("nemo_dpo").setLevel(level)
+    nemo_logging.setLevel(logging.ERROR)

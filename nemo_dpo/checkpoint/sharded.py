@@ -1,0 +1,222 @@
+"""Training checkpoints and model weights as megatron-core distributed checkpoints.
+
+A checkpoint is written under a temporary name and renamed when it is complete: a folder under its final name is whole.
+It may be loaded under any tp, pp and dp.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
+
+from nemo_dpo.checkpoint import CheckpointError
+from nemo_dpo.checkpoint.archive import sync_folder
+from nemo_dpo.checkpoint.weights import check_metadata_pickle
+from nemo_dpo.parallel.collective import agree, on_rank_zero
+from nemo_dpo.parallel.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"  # what a person, and the search for the newest checkpoint, may read without torch
+UNFINISHED = ".unfinished"
+
+
+def save(folder: Path, engine: Engine, trainer_state: dict[str, Any], progress: dict[str, Any]) -> None:
+    """Write everything a run needs to go on: weights, optimizer, generators and the trainer's own state. Collective.
+
+    Args:
+        folder: final name; an existing checkpoint there is replaced once the new one is complete.
+        trainer_state: Lightning's dictionary (schedule, loops, callbacks).
+        progress: plain numbers and strings, also written as progress.json.
+
+    Raises:
+        CheckpointError: it cannot be written; nothing is left behind under the final name.
+    """
+    weights = engine.sharded_weights()
+    state = {
+        **weights,
+        "optimizer": engine.sharded_optimizer(weights),
+        "rng": _rng_object(engine),
+        "trainer": trainer_state,
+        "progress": progress,
+    }
+    _write_atomically(folder, lambda into: _save_sharded(state, into, progress))
+
+
+def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restore weights, optimizer and generators in place; return (trainer_state, progress). Collective.
+
+    The generators' states are restored under the layout they were saved from; under another one they start from the seed.
+
+    Raises:
+        CheckpointError: the folder is no complete checkpoint, or one of another model.
+    """
+    progress = read_progress(folder)
+    same_layout = progress["layout"] == layout_of(engine)
+    weights = engine.sharded_weights()
+    state: dict[str, Any] = {**weights, "optimizer": engine.sharded_optimizer(weights, loading=True)}
+    if same_layout:
+        state["rng"] = _rng_object(engine)
+    loaded = _load_sharded(state, folder)
+    engine.load_weights(loaded)
+    engine.load_optimizer(loaded["optimizer"])
+    if same_layout:
+        _restore_rng(loaded["rng"])
+    else:
+        logger.info(
+            "layout changed from %s to %s: dropout starts from the seed again", progress["layout"], layout_of(engine)
+        )
+    return loaded["trainer"], progress
+
+
+def save_weights(folder: Path, engine: Engine) -> None:
+    """Write the weights alone, keys behind `model.`, as a `.nemo` archive holds them. Collective."""
+    state = {name: _tensors_only(part) for name, part in engine.sharded_weights("model.").items()}
+    _write_atomically(folder, lambda into: _save_sharded(state, into, None))
+
+
+def load_weights(folder: Path, engine_chunks: list[Any]) -> None:
+    """Fill freshly built chunks from the `model_weights/` folder of a `.nemo` archive. Collective.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    state = {
+        f"model{n}": _tensors_only(chunk.sharded_state_dict(prefix="model.")) for n, chunk in enumerate(engine_chunks)
+    }
+    loaded = _load_sharded(state, folder)
+    for n, chunk in enumerate(engine_chunks):
+        own = {name.removeprefix("model."): tensor for name, tensor in loaded[f"model{n}"].items()}
+        missing, unexpected = chunk.load_state_dict(own, strict=False)
+        absent = [name for name in missing if not name.endswith("_extra_state")]
+        if absent or unexpected:
+            raise CheckpointError(f"{folder}: weights do not fit the model: missing {absent}, unexpected {unexpected}")
+
+
+def layout_of(engine: Engine) -> dict[str, int]:
+    """The part of the layout that decides which generator belongs to which rank."""
+    layout = engine.groups.layout
+    return {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "vpp": layout.vpp or 1}
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """The progress.json of a complete checkpoint."""
+    try:
+        return dict(json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a complete checkpoint of a run: {PROGRESS}: {error}") from error
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints in `root`, fewest steps first. Unfinished folders are never listed."""
+    if not root.is_dir():
+        return []
+    folders = [
+        f
+        for f in root.iterdir()
+        if f.is_dir() and not f.is_symlink() and f.suffix != UNFINISHED and (f / PROGRESS).is_file()
+    ]
+    return sorted(folders, key=lambda folder: (read_progress(folder)["step"], folder.name))
+
+
+def remove_unfinished(root: Path) -> list[Path]:
+    """Delete what an interrupted save left in `root`; returns what was there."""
+    left = [f for f in root.iterdir() if f.suffix == UNFINISHED] if root.is_dir() else []
+    for folder in left:
+        shutil.rmtree(folder)
+    return left
+
+
+def _write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    if dist.get_rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    dist.barrier()
+    try:
+        agree(lambda: write(unfinished))
+        on_rank_zero(lambda: _commit(unfinished, folder))
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        reason = " ".join(str(error).split())[-300:] or type(error).__name__
+        raise CheckpointError(
+            f"could not write {folder}: {reason}. Earlier checkpoints are untouched; make space and start again"
+        ) from error
+
+
+def _commit(unfinished: Path, folder: Path) -> None:
+    for path in [*unfinished.rglob("*"), unfinished]:
+        sync_folder(path)
+    if folder.exists():  # the run was started again from an earlier step
+        old = folder.with_name(folder.name + ".replaced" + UNFINISHED)
+        os.replace(folder, old)
+        os.replace(unfinished, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(unfinished, folder)
+    sync_folder(folder.parent)
+
+
+def _save_sharded(state: dict[str, Any], into: Path, progress: dict[str, Any] | None) -> None:
+    # A synchronous save passes its results through this queue within one process. Left alone megatron-core starts an
+    # interpreter on every rank for it: 7 s and 500 MB.
+    filesystem_async._results_queue = queue.SimpleQueue()
+    dist_checkpointing.save(state, str(into))
+    if progress is not None and dist.get_rank() == 0:
+        (into / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
+
+
+def _load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    check_metadata_pickle(folder)
+    try:
+        return dict(dist_checkpointing.load(state, str(folder)))
+    except (OSError, RuntimeError, KeyError, CheckpointingException, CheckpointException) as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded into this model: {' '.join(str(error).split())[:400]}"
+        ) from error
+
+
+def _tensors_only(part: dict[str, Any]) -> dict[str, Any]:
+    # Transformer Engine's fp8 `_extra_state` is no weight, and archives do not hold it.
+    return {
+        name: entry
+        for name, entry in part.items()
+        if isinstance(entry, ShardedTensor) or not name.endswith("_extra_state")
+    }
+
+
+def _rng_object(engine: Engine) -> ShardedObject:
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tensor_parallel": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    world = engine.groups.layout.world
+    return ShardedObject("rng", states, (world,), (engine.groups.rank,), replica_id=0)
+
+
+def _restore_rng(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tensor_parallel"])

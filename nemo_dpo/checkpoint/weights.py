@@ -1,0 +1,308 @@
+"""Read and write the folder `model_weights/` of a `.nemo` archive in a single process, without megatron-core.
+
+The folder is a megatron-core distributed checkpoint of kind `torch_dist`: tensors in `*.distcp` files, a pickled index
+in `.metadata`. Parameters of the transformer layers are stacked, `[layers, …]` under a key without the layer's number,
+one chunk a layer; megatron-core loads such a folder at any tensor- or pipeline-parallel size.
+
+Writing streams: one chunk is in memory at a time. Reading is lazy: a parameter, or one layer of it, at a time. No
+pickle is executed: the index is read by an unpickler that knows the index's own classes only, tensors with
+`weights_only`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from nemo_dpo.checkpoint import CheckpointError
+
+METADATA = ".metadata"
+DATA_FILE = "__0_0.distcp"
+FORMAT_FILE = "metadata.json"
+COMMON_FILE = "common.pt"
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+_DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_ALLOWED = {
+    "torch": {"Size", *_DTYPES},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
+    },
+    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+}  # fmt: skip
+_EMPTY_CLASSES = {"megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"}}
+
+
+# What unpickling, or looking at what came of it, raises on bytes that were not written by torch.
+_DAMAGED_PICKLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    ImportError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One piece of a checkpoint: a whole parameter, or one layer's part of a stacked one.
+
+    Attributes:
+        name: the key in the checkpoint, e.g. `model.decoder.layers.mlp.linear_fc2.weight`.
+        tensor: the values, of the shape of one layer if `layer` is given.
+        layer: which layer (0 … num_layers − 1) of a stacked parameter; None for a parameter that is not stacked.
+        num_layers: number of layers of a stacked parameter.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    layer: int | None = None
+    num_layers: int = 0
+
+
+@dataclass
+class _Stored:
+    """What is known of one parameter while its chunks arrive."""
+
+    dtype: torch.dtype
+    size: torch.Size
+    chunks: dict[torch.Size, ChunkStorageMetadata] = field(default_factory=dict)
+
+
+def write_weights(folder: Path, chunks: Iterable[Chunk]) -> None:
+    """Write `chunks` as the distributed checkpoint `folder`, which is created; chunks are taken and written one by one.
+
+    Raises:
+        CheckpointError: a chunk comes twice, differs from its stack in shape or dtype, or a stack is incomplete.
+    """
+    folder.mkdir(parents=True)
+    stored: dict[str, _Stored] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    with (folder / DATA_FILE).open("wb") as file:
+        for chunk in chunks:
+            offsets = _register(stored, chunk)
+            start = file.tell()
+            _save(chunk.tensor if chunk.layer is None else chunk.tensor[None], file)
+            storage[MetadataIndex(chunk.name, offsets)] = _StorageInfo(DATA_FILE, start, file.tell() - start)
+    metadata = Metadata({name: _finished(name, parameter) for name, parameter in stored.items()}, storage_data=storage)
+    with (folder / METADATA).open("wb") as file:
+        pickle.dump(metadata, file)
+    torch.save({}, folder / COMMON_FILE)
+    (folder / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
+
+
+def _save(tensor: torch.Tensor, file: IO[bytes]) -> None:
+    own = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # a view would drag in its whole storage
+    try:
+        torch.save(own, file)
+    except RuntimeError as error:  # what torch makes of a failed write
+        raise CheckpointError(
+            f"{file.name}: cannot be written ({str(error).splitlines()[0]}); is the disk full?"
+        ) from error
+
+
+def _register(stored: dict[str, _Stored], chunk: Chunk) -> torch.Size:
+    """Note the chunk's place in its parameter; returns its offsets there."""
+    shape = tuple(chunk.tensor.shape)
+    size = torch.Size(shape if chunk.layer is None else (chunk.num_layers, *shape))
+    offsets = torch.Size([0] * len(size) if chunk.layer is None else [chunk.layer, *[0] * len(shape)])
+    parameter = stored.setdefault(chunk.name, _Stored(chunk.tensor.dtype, size))
+    if (parameter.dtype, parameter.size) != (chunk.tensor.dtype, size):
+        raise CheckpointError(
+            f"{chunk.name}: layer {chunk.layer} is {chunk.tensor.dtype} {list(size)}, others are {parameter.dtype} "
+            f"{list(parameter.size)}; a stack needs one shape and one dtype (set the precision to convert to)"
+        )
+    if offsets in parameter.chunks:
+        raise CheckpointError(f"{chunk.name}: layer {chunk.layer} is written twice")
+    parameter.chunks[offsets] = ChunkStorageMetadata(offsets, size if chunk.layer is None else torch.Size((1, *shape)))
+    return offsets
+
+
+def _finished(name: str, parameter: _Stored) -> TensorStorageMetadata:
+    if sum(chunk.sizes.numel() for chunk in parameter.chunks.values()) != parameter.size.numel():
+        raise CheckpointError(f"{name}: {len(parameter.chunks)} of {parameter.size[0]} layers are written")
+    return TensorStorageMetadata(TensorProperties(parameter.dtype), parameter.size, list(parameter.chunks.values()))
+
+
+class _Placeholder:
+    """Stands for the two empty classes of megatron-core that some indexes name, so that it need not be imported."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Unpickles the classes that an index is made of, and nothing else."""
+
+    def __init__(self, file: IO[bytes], source: Path) -> None:
+        super().__init__(file)
+        self._source = source
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        if name in _EMPTY_CLASSES.get(module, ()):
+            return _Placeholder
+        raise CheckpointError(
+            f"{self._source}: its index asks for '{module}.{name}', which no checkpoint needs; not trusted"
+        )
+
+
+def check_metadata_pickle(folder: Path) -> Metadata:
+    """Read the index of the distributed checkpoint `folder` safely, and check it against the files beside it.
+
+    torch and megatron-core unpickle `.metadata` without restraint and follow the file names in it: call this before
+    they see a folder from outside.
+
+    Raises:
+        CheckpointError: no `torch_dist` checkpoint, classes that do not belong there, file names that lead elsewhere,
+            missing or truncated data files, tensors larger than the files that hold them.
+    """
+    _check_format(folder)
+    try:
+        with (folder / METADATA).open("rb") as file:
+            metadata = _IndexUnpickler(file, folder).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise CheckpointError(f"{folder}: {METADATA} is not the index of a distributed checkpoint")
+        _check_files(folder, metadata)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {METADATA} cannot be read ({error.strerror})") from error
+    except _DAMAGED_PICKLE as error:
+        raise CheckpointError(f"{folder}: {METADATA} is damaged ({error}); copy the checkpoint again") from error
+    return metadata
+
+
+def _check_format(folder: Path) -> None:
+    file = folder / FORMAT_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: holds no {FORMAT_FILE}; it is not a megatron-core distributed checkpoint")
+    try:
+        backend = json.loads(file.read_text(encoding="utf-8"))["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not readable ({error}); copy the checkpoint again") from error
+    if backend != FORMAT["sharded_backend"]:
+        raise CheckpointError(f"{folder}: kind '{backend}' cannot be read, only '{FORMAT['sharded_backend']}'")
+
+
+def _check_files(folder: Path, metadata: Metadata) -> None:
+    infos = metadata.storage_data.values()
+    names = {info.relative_path for info in infos}
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{folder}: its index names the file {name!r} outside the folder; not trusted")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: data file {name} is missing; copy the checkpoint again")
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    inside = (0 <= info.offset <= info.offset + info.length <= sizes[info.relative_path] for info in infos)
+    if not all(inside):
+        raise CheckpointError(f"{folder}: a data file is truncated; copy the checkpoint again")
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            claimed = entry.size.numel() * entry.properties.dtype.itemsize
+            if claimed > sum(sizes.values()):
+                raise CheckpointError(f"{folder}: {key} claims {claimed} bytes, more than its files hold; not trusted")
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """The tensors of a distributed checkpoint by key, read when asked for; other objects in it are left out."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read and check the index of `folder`; see `check_metadata_pickle` for what is refused."""
+        metadata = check_metadata_pickle(folder)
+        self._folder = folder
+        self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        entries = metadata.state_dict_metadata.items()
+        self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._read(name, [0] * len(self.shape(name)), self.shape(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of the whole parameter, `[layers, …]` if stacked; reads no data."""
+        return self._tensors[name].size
+
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of the parameter; reads no data."""
+        return self._tensors[name].properties.dtype
+
+    def layer(self, name: str, index: int) -> torch.Tensor:
+        """Layer `index` of a stacked parameter, without the leading dimension; reads the chunks of that layer only."""
+        size = self.shape(name)
+        return self._read(name, [index, *[0] * (len(size) - 1)], [1, *size[1:]])[0]
+
+    def _read(self, name: str, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        """The box that begins at `start` with `size`, put together from the chunks that overlap it."""
+        result = torch.empty(tuple(size), dtype=self.dtype(name))
+        filled = 0
+        for chunk in self._tensors[name].chunks:
+            low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
+            ends = zip(start, size, chunk.offsets, chunk.sizes, strict=True)
+            high = [min(a + n, b + m) for a, n, b, m in ends]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            part = self._load(name, chunk)[_slices(low, high, chunk.offsets)]
+            result[_slices(low, high, start)] = part
+            filled += part.numel()
+        if filled != result.numel():
+            raise CheckpointError(f"{self._folder}: {name}: {filled} of {result.numel()} values are there")
+        return result
+
+    def _load(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        info = self._storage.get(MetadataIndex(name, chunk.offsets))
+        if info is None or info.transform_descriptors:
+            raise CheckpointError(f"{self._folder}: {name} is not stored, or in a compressed form that cannot be read")
+        with (self._folder / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            data = file.read(info.length)
+        try:
+            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(f"{self._folder}: {name} is damaged ({str(error).splitlines()[0]})") from error
+        if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (chunk.sizes, self.dtype(name)):
+            raise CheckpointError(f"{self._folder}: {name} is not the tensor that the index promises")
+        return tensor
+
+
+def read_weights(folder: Path) -> Weights:
+    """The tensors of the distributed checkpoint `folder`, lazily; see `Weights`."""
+    return Weights(folder)
+
+
+def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))

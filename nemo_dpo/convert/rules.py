@@ -1,0 +1,155 @@
+"""The vocabulary of a family table: how one or more Hugging Face parameters become one of megatron-core, and back.
+
+A rule works on one layer at a time and in both directions, and never changes a value. megatron-core's names carry no
+layer number, since it stores the layers stacked; Hugging Face's carry `{layer}`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of a model, the ones that shapes are made of."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocab: int
+    padded_vocab: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The names that a `Param` may use; `q` and `kv` are rows of the query and of the key (or value) projection."""
+        return {
+            "hidden": self.hidden,
+            "ffn": self.ffn,
+            "vocab": self.vocab,
+            "q": self.heads * self.head_dim,
+            "kv": self.groups * self.head_dim,
+        }
+
+
+@dataclass(frozen=True)
+class Param:
+    """A Hugging Face parameter: its name, with `{layer}` if every layer has one, and its shape as names of sizes."""
+
+    name: str
+    dims: str
+
+    def shape(self, dims: Dims) -> tuple[int, ...]:
+        return tuple(dims.sizes[name] for name in self.dims.split())
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """One megatron-core parameter and the Hugging Face parameters that it is made of.
+
+    Attributes:
+        nemo: key below `model.`, without a layer number; empty if nothing is stored.
+        hf: the parts, in the order that `pack` takes and `unpack` gives.
+    """
+
+    nemo: str
+    hf: tuple[Param, ...]
+
+    @property
+    def per_layer(self) -> bool:
+        return "{layer}" in self.hf[0].name
+
+    def stored_shape(self, dims: Dims) -> tuple[int, ...]:
+        """Shape of one layer's megatron-core parameter: the parts one below the other."""
+        shapes = [param.shape(dims) for param in self.hf]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    @abstractmethod
+    def pack(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        """Hugging Face → megatron-core."""
+
+    @abstractmethod
+    def unpack(self, tensor: Tensor, dims: Dims) -> tuple[Tensor, ...]:
+        """megatron-core → Hugging Face."""
+
+
+@dataclass(frozen=True)
+class Copy(Rule):
+    """The same tensor under another name."""
+
+    def pack(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        return parts[0]
+
+    def unpack(self, tensor: Tensor, dims: Dims) -> tuple[Tensor, ...]:
+        return (tensor,)
+
+
+@dataclass(frozen=True)
+class FusedQkv(Rule):
+    """Query, key and value (weights or biases) in one, interleaved by query group.
+
+    For every group the rows are those of its heads/groups query heads, then of its key head, then of its value head:
+    so a tensor-parallel rank's slice of rows holds whole groups.
+    """
+
+    def pack(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        rest = parts[0].shape[1:]
+        by_group = [part.reshape(dims.groups, -1, dims.head_dim, *rest) for part in parts]
+        return torch.cat(by_group, dim=1).reshape(-1, *rest)
+
+    def unpack(self, tensor: Tensor, dims: Dims) -> tuple[Tensor, ...]:
+        rest = tensor.shape[1:]
+        by_group = tensor.reshape(dims.groups, -1, dims.head_dim, *rest)
+        parts = by_group.split([dims.heads // dims.groups, 1, 1], dim=1)
+        return tuple(part.reshape(-1, *rest) for part in parts)
+
+
+@dataclass(frozen=True)
+class GatedMlp(Rule):
+    """Gate above up, as megatron-core's gated linear unit halves its input: activation(first half) × second half."""
+
+    def pack(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        return torch.cat(tuple(parts))
+
+    def unpack(self, tensor: Tensor, dims: Dims) -> tuple[Tensor, ...]:
+        return tensor.chunk(2)
+
+
+@dataclass(frozen=True)
+class PaddedVocab(Rule):
+    """Rows of zeros below the vocabulary, so that it divides among tensor-parallel ranks; cut off on the way back."""
+
+    def stored_shape(self, dims: Dims) -> tuple[int, ...]:
+        return (dims.padded_vocab, *self.hf[0].shape(dims)[1:])
+
+    def pack(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        padded = parts[0].new_zeros(self.stored_shape(dims))
+        padded[: dims.vocab] = parts[0]
+        return padded
+
+    def unpack(self, tensor: Tensor, dims: Dims) -> tuple[Tensor, ...]:
+        return (tensor[: dims.vocab],)
+
+
+@dataclass(frozen=True)
+class Table:
+    """All parameters of one model.
+
+    Attributes:
+        rules: every parameter that megatron-core has; each Hugging Face name in at most one of them.
+        zeros: Hugging Face parameters that megatron-core cannot hold: all zero on import, written as zeros on export.
+        tied: Hugging Face name → the parameter that it may only repeat; checked on import, left out on export.
+        derived: endings of Hugging Face names that hold nothing of their own, such as RoPE's frequencies.
+    """
+
+    rules: tuple[Rule, ...]
+    zeros: tuple[Param, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    derived: tuple[str, ...] = ()

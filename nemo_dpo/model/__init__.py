@@ -1,0 +1,1 @@
+"""model_config.yaml → megatron-core GPTModel."""

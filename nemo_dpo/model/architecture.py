@@ -1,0 +1,150 @@
+"""The shape of a model, read from the `model_config.yaml` of a checkpoint in NeMo's key names.
+
+`Architecture` is the one place that knows those names and their defaults; what cannot be built is refused here, by key,
+before any weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# NeMo's `activation` → (megatron-core activation, gated linear unit)
+ACTIVATIONS = {
+    "fast-swiglu": ("silu", True),
+    "swiglu": ("silu", True),
+    "geglu": ("gelu", True),
+    "fast-geglu": ("gelu", True),
+    "gelu": ("gelu", False),
+    "openai-gelu": ("gelu_tanh", False),
+    "squared-relu": ("squared_relu", False),
+    "relu": ("relu", False),
+}
+NORMALIZATIONS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm", "layernorm1p": "LayerNorm"}
+POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
+
+
+class ArchitectureError(ValueError):
+    """A `model_config.yaml` that this model code cannot build; names the key and what is known."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's frequency scaling; megatron-core fixes every number but the factor."""
+
+    factor: float
+
+    FIXED = (("low_freq_factor", 1.0), ("high_freq_factor", 4.0), ("original_max_position_embeddings", 8192))
+
+    @classmethod
+    def parse(cls, entry: Mapping[str, Any]) -> RopeScaling:
+        """From the `rope_scaling` sub-dict, in Hugging Face's names.
+
+        Raises:
+            ArchitectureError: any other kind, or numbers that megatron-core does not compute with.
+        """
+        kind = entry.get("rope_type", entry.get("type"))
+        if kind != "llama3":
+            raise ArchitectureError(f"model_config.yaml: rope_scaling of type {kind!r} is not supported; known: llama3")
+        for key, value in cls.FIXED:
+            if float(entry.get(key, value)) != value:
+                raise ArchitectureError(
+                    f"model_config.yaml: rope_scaling.{key}={entry[key]}; megatron-core computes {value} only"
+                )
+        return cls(factor=float(entry["factor"]))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything about a GPT model that its checkpoint decides. Sizes are of the whole model, not of a shard."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    make_vocab_size_divisible_by: int
+    normalization: str
+    zero_centered_norm: bool
+    layernorm_epsilon: float
+    activation: str
+    gated: bool
+    linear_bias: bool
+    qkv_bias: bool
+    tied_embeddings: bool
+    position_embedding: str
+    rotary_base: float
+    rotary_percent: float
+    rope_interpolation: float | None
+    rope_scaling: RopeScaling | None
+    hidden_dropout: float
+    attention_dropout: float
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> Architecture:
+        """From a `model_config.yaml`.
+
+        Raises:
+            ArchitectureError: a key is missing or asks for what this model code cannot express.
+        """
+        missing = [
+            key for key in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size") if config.get(key) is None
+        ]
+        if missing:
+            raise ArchitectureError(f"model_config.yaml lacks {', '.join(missing)}; is this an mcore .nemo checkpoint?")
+        normalization = _known(config, "normalization", NORMALIZATIONS, "layernorm1p")
+        activation = _known(config, "activation", ACTIVATIONS, "gelu")
+        position = _known(config, "position_embedding_type", POSITION_EMBEDDINGS, "learned_absolute")
+        if config.get("attention_type", "multihead") != "multihead":
+            raise ArchitectureError(
+                f"model_config.yaml: attention_type={config['attention_type']!r} is not supported; known: multihead"
+            )
+        if config.get("num_moe_experts"):
+            raise ArchitectureError(
+                f"model_config.yaml: num_moe_experts={config['num_moe_experts']}: mixture of experts is not supported yet"
+            )
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        bias = bool(config.get("bias", True))
+        scaling = config.get("rope_scaling")
+        return cls(
+            num_layers=int(config["num_layers"]),
+            hidden_size=hidden,
+            ffn_hidden_size=int(config.get("ffn_hidden_size") or 4 * hidden),
+            num_attention_heads=heads,
+            num_query_groups=int(config.get("num_query_groups") or heads),
+            kv_channels=int(config.get("kv_channels") or hidden // heads),
+            vocab_size=int(config["vocab_size"]),
+            max_position_embeddings=int(config.get("max_position_embeddings") or config["encoder_seq_length"]),
+            make_vocab_size_divisible_by=int(config.get("make_vocab_size_divisible_by") or 128),
+            normalization=NORMALIZATIONS[normalization],
+            zero_centered_norm=normalization == "layernorm1p",
+            layernorm_epsilon=float(config.get("layernorm_epsilon", 1e-5)),
+            activation=ACTIVATIONS[activation][0],
+            gated=ACTIVATIONS[activation][1],
+            linear_bias=bias,
+            qkv_bias=bool(config.get("qkv_bias", False)) and not bias,
+            tied_embeddings=bool(config.get("share_embeddings_and_output_weights", True)),
+            position_embedding=position,
+            rotary_base=float(config.get("rotary_base") or 10000.0),
+            rotary_percent=float(config.get("rotary_percentage", 1.0)),
+            rope_interpolation=config.get("seq_len_interpolation_factor"),
+            rope_scaling=RopeScaling.parse(scaling) if scaling else None,
+            hidden_dropout=float(config.get("hidden_dropout", 0.0)),
+            attention_dropout=float(config.get("attention_dropout", 0.0)),
+        )
+
+    def padded_vocab_size(self, tp_size: int) -> int:
+        """Rows of the embedding over all ranks: the vocabulary rounded up so that every rank holds the same number."""
+        multiple = self.make_vocab_size_divisible_by * tp_size
+        return -(-self.vocab_size // multiple) * multiple
+
+
+def _known(config: Mapping[str, Any], key: str, known: Any, default: str) -> str:
+    value = config.get(key, default)
+    if value not in known:
+        raise ArchitectureError(f"model_config.yaml: {key}={value!r} is not supported; known: {', '.join(known)}")
+    return str(value)

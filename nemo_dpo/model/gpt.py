@@ -1,0 +1,84 @@
+"""The policy: a megatron-core GPTModel that answers with the log-probs of given tokens instead of logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from nemo_dpo.parallel.vocab_logps import mean_logits, vocab_parallel_logps
+
+
+class TokenLogps(NamedTuple):
+    """What the last pipeline stage returns, one entry a response position."""
+
+    logps: Tensor  # [R] float32
+    mean_logits: Tensor  # [R] float32, no gradient: mean over the vocabulary of the logits at that position
+
+
+class ResponseGPT(GPTModel):
+    """GPTModel whose output layer sees response positions only.
+
+    In a preference pair most positions are prompt or padding; projecting them to the vocabulary is wasted work, and
+    `[tokens, vocabulary]` is the largest tensor of a step. Here neither happens.
+    """
+
+    real_vocab_size: int
+    logps_chunk: int
+
+    def forward(
+        self, tokens: Tensor, position_ids: Tensor, response_positions: Tensor, targets: Tensor
+    ) -> Tensor | TokenLogps:  # type: ignore[override]
+        """Run this pipeline stage.
+
+        Args:
+            tokens: [rows, S] int64, right-padded.
+            position_ids: [rows, S] int64.
+            response_positions: [R] flat index `row * S + s` of each position whose output predicts a response token.
+            targets: [R] the token it predicts.
+
+        Returns:
+            Hidden states [S, rows, hidden] (a slice of S under sequence parallelism), or TokenLogps on the last stage.
+        """
+        hidden = self._decode(tokens, position_ids)
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
+        selected = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1]).index_select(0, response_positions)
+        if not self.config.sequence_parallel:
+            selected = copy_to_tensor_model_parallel_region(selected, group=self.pg_collection.tp)
+        return self._token_logps(selected, targets)
+
+    def logits(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """[rows, S] → [rows, S, padded vocabulary / tp], by megatron-core's own forward."""
+        return super().forward(tokens, position_ids, None)
+
+    def _decode(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        start, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=position_ids)
+        return self.decoder(hidden_states=start, attention_mask=None, rotary_pos_emb=rotary)
+
+    def _token_logps(self, hidden: Tensor, targets: Tensor) -> TokenLogps:
+        weight = self.output_weight()
+        shard = dict(
+            vocab_start=self.pg_collection.tp.rank() * weight.shape[0],
+            vocab_size=self.real_vocab_size,
+            group=self.pg_collection.tp if self.pg_collection.tp.size() > 1 else None,
+        )
+        with torch.no_grad():
+            means = mean_logits(hidden.detach(), weight.detach(), **shard)
+        return TokenLogps(vocab_parallel_logps(hidden, weight, targets, chunk_tokens=self.logps_chunk, **shard), means)
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output layer, [padded vocabulary / tp, hidden]; the embedding's when they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight

@@ -1,0 +1,1 @@
+"""Ranks: groups, the schedule, the optimizer and vocab-parallel log-probs."""

@@ -1,0 +1,177 @@
+"""The model, its gradients and its optimizer on this rank, driven by megatron-core.
+
+Scaling has one owner, this module: a loss is a sum over pairs and comes with their number; megatron-core adds the sums
+of all micro-batches and ranks and divides the gradients once, by the all-reduced number of pairs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nemo_dpo.config.schema import OptimConfig
+from nemo_dpo.parallel import mcore_repairs
+from nemo_dpo.parallel.groups import Groups
+
+# (iterator over micro-batches, chunk) → (what the chunk returned, output → (sum, number of pairs, what to collect))
+ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Any, Callable[[Any], tuple[Tensor, Tensor, Any]]]]
+
+# How megatron-core lays out the distributed optimizer's state in a checkpoint: the one way in 0.16 that may be loaded
+# under another tp, pp and dp.
+CHECKPOINT_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class MicroBatchLike(Protocol):
+    """Whatever it carries, its tokens are [rows, S]."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+
+class Engine:
+    """Chunks of the model under megatron-core's DDP, with its optimizer and schedules.
+
+    Attributes:
+        chunks: the bare model chunks of this pipeline rank, parameters loaded before construction.
+        optimizer: megatron-core's; its fp32 master copies are made at construction.
+    """
+
+    def __init__(
+        self, chunks: Sequence[MegatronModule], config: TransformerConfig, groups: Groups, optim: OptimConfig
+    ) -> None:
+        self.chunks = list(chunks)
+        self.groups = groups
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=is_distributed(optim)
+        )
+        self._ddp = [
+            DistributedDataParallel(
+                config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=groups.collection
+            )
+            for number, chunk in enumerate(self.chunks)
+        ]
+        config.finalize_model_grads_func = finalize_model_grads
+        self.optimizer = get_megatron_optimizer(optimizer_config(optim, config), self._ddp)
+        for part in self.optimizer.chained_optimizers:
+            mcore_repairs.repair_optimizer(part)
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatchLike], step: ForwardStep) -> list[Any]:
+        """Leave the gradient of sum / number of pairs of the global batch; return what `step` collected (last stage)."""
+        for ddp in self._ddp:
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(self._ddp, micro_batches, step, forward_only=False)
+
+    def forward_only(self, micro_batches: Sequence[MicroBatchLike], step: ForwardStep) -> list[Any]:
+        """The same pass in eval mode, without gradients."""
+        with torch.no_grad(), evaluation(self.chunks):
+            return self._run(self.chunks, micro_batches, step, forward_only=True)
+
+    def update(self, clip_grad: float) -> float:
+        """One optimizer step on the gradients left by `forward_backward`.
+
+        Args:
+            clip_grad: limit on the gradient's global L2 norm; 0 clips nothing.
+
+        Returns:
+            The norm before clipping.
+
+        Raises:
+            FloatingPointError: the norm is NaN or infinite. No parameter has changed.
+        """
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {norm}; no parameter was changed")
+        if clip_grad > 0:
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip_grad, norm)
+        self.optimizer.step_with_ready_grads()
+        return norm
+
+    def _run(
+        self,
+        models: Sequence[nn.Module],
+        micro_batches: Sequence[MicroBatchLike],
+        step: ForwardStep,
+        *,
+        forward_only: bool,
+    ) -> list[Any]:
+        rows, length = micro_batches[0].tokens.shape
+        iterators = [iter(micro_batches) for _ in models]
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list(models),
+            num_microbatches=len(micro_batches),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+        )
+
+    def sharded_weights(self, prefix: str = "") -> dict[str, Any]:
+        """Parameters as megatron-core's sharded tensors, one entry a chunk, keys in TE-style names behind `prefix`."""
+        return {f"model{n}": chunk.sharded_state_dict(prefix=prefix) for n, chunk in enumerate(self.chunks)}
+
+    def sharded_optimizer(self, weights: dict[str, Any], *, loading: bool = False) -> Any:
+        """The optimizer's state for the `weights` that `sharded_weights` gave."""
+        if loading:
+            for part in self.optimizer.chained_optimizers:
+                mcore_repairs.fill_state(part)
+        return self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=CHECKPOINT_LAYOUT)
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take over what `sharded_weights` named, once it is filled."""
+        for n, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(state[f"model{n}"])
+
+    def load_optimizer(self, state: Any) -> None:
+        """Take over what `sharded_optimizer(loading=True)` named, once it is filled."""
+        self.optimizer.load_state_dict(state)
+        for part in self.optimizer.chained_optimizers:
+            mcore_repairs.separate_steps(part)
+
+
+@contextlib.contextmanager
+def evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Dropout off inside; every module's own mode is restored, also after an exception."""
+    modes = [(module, module.training) for top in modules for module in top.modules()]
+    for top in modules:
+        top.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def is_distributed(optim: OptimConfig) -> bool:
+    """Whether optimizer state is sharded over the data-parallel ranks."""
+    return optim.name == "mcore_distributed_optim"
+
+
+def optimizer_config(optim: OptimConfig, model: TransformerConfig) -> OptimizerConfig:
+    """NeMo's optimizer keys in megatron-core's. Clipping is `Engine.update`'s."""
+    return OptimizerConfig(
+        optimizer="sgd" if optim.name == "sgd" else "adam",
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        sgd_momentum=optim.momentum,
+        use_distributed_optimizer=is_distributed(optim),
+        bf16=model.bf16,
+        params_dtype=model.params_dtype,
+        clip_grad=0.0,
+    )

@@ -1,0 +1,1 @@
+"""The reference policy's log-probs: one protocol, whatever holds the weights."""

@@ -1,0 +1,1 @@
+"""The training loop: Lightning drives, megatron-core computes."""

@@ -1,0 +1,183 @@
+"""What happens between steps: logging, validation, checkpoints, stop requests. One callback, so that their order is fixed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import signal
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from nemo_dpo.checkpoint import sharded
+from nemo_dpo.config.exp_manager import CheckpointCallbackParams
+from nemo_dpo.data.batch import GlobalBatch
+from nemo_dpo.data.sampler import PairSampler
+from nemo_dpo.training import signals
+from nemo_dpo.training.module import Metrics, PreferenceModule
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """When things happen, in optimizer steps."""
+
+    max_steps: int
+    val_interval: int
+    save_interval: int
+    log_interval: int
+    sampler: PairSampler
+
+    def position(self, step: int) -> dict[str, int]:
+        """Where the data are after `step` updates."""
+        return {"epoch": self.sampler.epoch(step), "consumed_samples": self.sampler.consumed_pairs(step)}
+
+
+class Cadence(Callback):
+    """Validates before the first step and every `val_interval` steps, then saves every `save_interval`.
+
+    A row of metrics with step k is measured with the weights after k updates, in train/ as in val/.
+    """
+
+    def __init__(
+        self,
+        rhythm: Rhythm,
+        validation: Sequence[GlobalBatch],
+        keeper: CheckpointKeeper | None,
+        time_limit: signals.TimeLimit,
+    ) -> None:
+        self._rhythm = rhythm
+        self._validation = validation
+        self._validation_references: list[list[Tensor]] = []
+        self._keeper = keeper
+        self._time_limit = time_limit
+        self._latest: Metrics = {}
+        self.stop_reason: str | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: PreferenceModule) -> None:  # type: ignore[override]
+        """Validate the untouched policy."""
+        if trainer.global_step == 0:
+            self._validate(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: PreferenceModule, *_: Any) -> None:  # type: ignore[override]
+        """After each update: log, validate, save, stop."""
+        step, rhythm = trainer.global_step, self._rhythm
+        last = step >= rhythm.max_steps
+        if (step - 1) % rhythm.log_interval == 0:
+            self._log(trainer, "train", {**pl_module.metrics, **rhythm.position(step - 1)}, step - 1)
+        if step % rhythm.val_interval == 0 or last:
+            self._validate(trainer, pl_module)
+        self.stop_reason = self._stop_requested(pl_module)
+        if self._keeper and (step % rhythm.save_interval == 0 or last or self.stop_reason):
+            self._keeper.save(trainer, {**self._latest, "step": step, **rhythm.position(step)})
+        if self.stop_reason:
+            logger.warning("stopping after step %d: %s", step, self.stop_reason)
+            trainer.should_stop = True
+
+    def _validate(self, trainer: Trainer, module: PreferenceModule) -> None:
+        if not self._validation:
+            return
+        metrics = module.evaluate(self._validation, self._validation_references)
+        self._latest = {f"val_{name}": value for name, value in metrics.items()}
+        self._log(trainer, "val", metrics, trainer.global_step)
+        logger.info("step %d: val loss %.4f, acc %.3f", trainer.global_step, metrics["loss"], metrics["acc"])
+
+    @staticmethod
+    def _log(trainer: Trainer, split: str, metrics: Metrics, step: int) -> None:
+        named = {f"{split}/{name}": value for name, value in metrics.items()}
+        for target in trainer.loggers:
+            target.log_metrics(named, step)
+
+    def _stop_requested(self, module: PreferenceModule) -> str | None:
+        # All ranks must agree, or some would wait in the next step's collectives for ever.
+        own = torch.tensor([signals.noted(), int(self._time_limit.over())], device=module.engine.groups.device)
+        dist.all_reduce(own, op=dist.ReduceOp.MAX)
+        number, over = own.tolist()
+        if number:
+            return signal.Signals(number).name
+        return "exp_manager.max_time_per_run is over" if over else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics that the next save would name."""
+        return {"latest": self._latest, "keeper": self._keeper.state_dict() if self._keeper else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See state_dict."""
+        self._latest = state_dict["latest"]
+        if self._keeper and state_dict["keeper"]:
+            self._keeper.load_state_dict(state_dict["keeper"])
+
+
+class CheckpointKeeper:
+    """Names, writes and prunes the checkpoints of a run: the newest, and the best `save_top_k` by `monitor`.
+
+    What was best is remembered in the checkpoints themselves, not read from their names.
+    """
+
+    def __init__(self, folder: Path, params: CheckpointCallbackParams) -> None:
+        self._folder = folder
+        self._params = params
+        self._scores: dict[str, float] = {}
+
+    def save(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Write a checkpoint named after `values`, then delete what is no longer among newest and best. Collective."""
+        name = checkpoint_name(self._params.filename, values)
+        monitor = values.get(self._params.monitor)
+        if monitor is not None:
+            self._scores[name] = float(monitor)
+        trainer.save_checkpoint(self._folder / name)
+        if dist.get_rank() == 0:
+            self._prune(name)
+        dist.barrier()
+
+    def _prune(self, newest: str) -> None:
+        keep = set(self._best()) | {newest}
+        for folder in sharded.complete_checkpoints(self._folder):
+            if folder.name not in keep and self._params.save_top_k != -1:
+                _remove(folder)
+        _point(self._folder / "last", newest)
+
+    def _best(self) -> list[str]:
+        worst_last = sorted(self._scores, key=self._scores.__getitem__, reverse=self._params.mode == "max")
+        return worst_last if self._params.save_top_k == -1 else worst_last[: self._params.save_top_k]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores of the checkpoints saved so far."""
+        return {"scores": dict(self._scores)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See state_dict."""
+        self._scores = dict(state["scores"])
+
+
+def checkpoint_name(template: str, values: dict[str, float]) -> str:
+    """A template like `gpt--{val_loss:.3f}-{step}` → `gpt--val_loss=0.512-step=100`, as Lightning writes names.
+
+    Before the first validation its metrics count as 0.
+    """
+    named = re.sub(r"\{(\w+)", r"\1={\1", template)
+    return named.format_map(defaultdict(float, values))
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: a kill in the middle leaves no half-deleted folder under a checkpoint's name.
+    doomed = folder.with_name(folder.name + ".removed" + sharded.UNFINISHED)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _point(link: Path, target: str) -> None:
+    fresh = link.with_name(".last.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    os.replace(fresh, link)

@@ -1,0 +1,185 @@
+"""The splits of a run as global batches."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Sampler
+
+from nemo_dpo.config import Config, Source, data_sources
+from nemo_dpo.data.batch import GlobalBatch, build_global_batch
+from nemo_dpo.data.dataset import PairDataset, PreparedSplit, open_split, prepare_split
+from nemo_dpo.data.report import make_report
+from nemo_dpo.data.sampler import PairSampler, validation_batches
+from nemo_dpo.data.tokenize import Tokenizer
+from nemo_dpo.data.types import DataError, DataOptions
+from nemo_dpo.parallel.collective import on_rank_zero
+from nemo_dpo.parallel.groups import Groups
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batches(Sequence[GlobalBatch]):
+    """Global batches by number, read and collated when asked for."""
+
+    dataset: PairDataset
+    pairs_of: Callable[[int], Sequence[int]]
+    length: int
+    options: dict[str, Any]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> GlobalBatch:  # type: ignore[override]
+        if not 0 <= number < self.length:
+            raise IndexError(number)
+        return build_global_batch(self.dataset, self.pairs_of(number), **self.options)
+
+
+class PairData:
+    """Tokenised splits, in the batches of this data-parallel rank.
+
+    Attributes:
+        sampler: the training order, the same on all ranks.
+        max_steps: optimizer steps of the whole run.
+        validation_interval: steps between validations.
+    """
+
+    def __init__(self, cfg: Config, prepared: dict[str, PreparedSplit], pad_id: int, groups: Groups) -> None:
+        self._cfg = cfg
+        self._datasets = {split: open_split(part) for split, part in prepared.items()}
+        limits = cfg.trainer.dpo
+        self.sampler = PairSampler(
+            len(self._datasets["train"]),
+            cfg.model.global_batch_size,
+            cfg.model.seed,
+            shuffle=cfg.model.data.shuffle,
+            drop_last=cfg.model.data.drop_last,
+            limit=limits.limit_train_batches,
+        )
+        steps = self.sampler.steps_per_epoch * limits.max_epochs
+        self.max_steps = steps if limits.max_steps == -1 else min(steps, limits.max_steps)
+        interval = limits.val_check_interval
+        self.validation_interval = (
+            interval if isinstance(interval, int) else max(1, math.floor(interval * self.sampler.steps_per_epoch))
+        )
+        self._options = _batch_options(cfg, pad_id, groups)
+
+    @classmethod
+    def prepare(
+        cls, cfg: Config, model_config: dict[str, Any], tokenizer: Tokenizer, log_dir: Path, groups: Groups
+    ) -> PairData:
+        """Rank 0 tokenises what is not cached yet and prints the data report; all ranks map the result. Collective."""
+        options = data_options(cfg, model_config)
+        cache = Path(cfg.model.data.cache_dir) if cfg.model.data.cache_dir else log_dir / "data_cache"
+        prepared = on_rank_zero(lambda: _prepare(data_sources(cfg), tokenizer, options, cache))
+        data = cls(cfg, prepared, tokenizer.pad_id, groups)
+        if groups.rank == 0:
+            data._show_reports(tokenizer, log_dir)
+        return data
+
+    def train_loader(self, start: Callable[[], int]) -> DataLoader[GlobalBatch]:
+        """All steps of the run from step `start()` on; it is asked when iteration begins, after a resume is restored."""
+        batches = Batches(self._datasets["train"], self.sampler.batch, self.max_steps, self._options)
+        return DataLoader(batches, batch_size=None, sampler=_StepsFrom(start, self.max_steps))
+
+    def batches(self, split: str) -> Sequence[GlobalBatch]:
+        """All pairs of `split` in file order, the ragged last batch included; nothing if there is no such split."""
+        if split not in self._datasets:
+            return []
+        dataset = self._datasets[split]
+        numbers = validation_batches(
+            len(dataset), self._cfg.model.global_batch_size, self._cfg.trainer.dpo.limit_val_batches
+        )
+        return Batches(dataset, numbers.__getitem__, len(numbers), self._options)
+
+    def _show_reports(self, tokenizer: Tokenizer, log_dir: Path) -> None:
+        for split, dataset in self._datasets.items():
+            report = make_report(split, dataset, tokenizer, self._cfg.model.micro_batch_size)
+            logger.info("%s", report.render())
+            (log_dir / f"data_{split}.json").write_text(report.to_json() + "\n", encoding="utf-8")
+
+    def progress(self, step: int) -> dict[str, Any]:
+        """What a resume must find unchanged, and where it goes on."""
+        return {
+            "step": step,
+            "epoch": self.sampler.epoch(step),
+            "consumed_samples": self.sampler.consumed_pairs(step),
+            "train_pairs": len(self._datasets["train"]),
+            "train_data": self._datasets["train"].fingerprint,
+            "global_batch_size": self._cfg.model.global_batch_size,
+            "seed": self._cfg.model.seed,
+        }
+
+    def check_unchanged(self, progress: dict[str, Any]) -> None:
+        """Refuse to go on where the order of the pairs would not be the one that the checkpoint was trained in.
+
+        Raises:
+            DataError: naming what changed.
+        """
+        now = self.progress(progress["step"])
+        for key in ("train_data", "train_pairs", "global_batch_size", "seed"):
+            if key in progress and progress[key] != now[key]:
+                raise DataError(
+                    f"cannot resume: {key} was {progress[key]} when the checkpoint was written and is {now[key]}; "
+                    "restore it, or start in another exp_manager.explicit_log_dir"
+                )
+
+
+class _StepsFrom(Sampler[int]):
+    def __init__(self, start: Callable[[], int], stop: int) -> None:
+        self._start = start
+        self._stop = stop
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._start(), self._stop))
+
+    def __len__(self) -> int:
+        return self._stop  # Lightning counts the steps before a resume too
+
+
+def data_options(cfg: Config, model_config: dict[str, Any]) -> DataOptions:
+    """The keys of model.data that decide what a line becomes; the sequence length is the checkpoint's unless given."""
+    data = cfg.model.data
+    return DataOptions(
+        seq_length=data.seq_length or int(model_config["encoder_seq_length"]),
+        append_eod=data.append_eod,
+        apply_ftfy=data.apply_ftfy,
+        overlong=data.overlong,  # type: ignore[arg-type]  # checked by config.limits
+        invalid=data.invalid,  # type: ignore[arg-type]
+        default_chosen_reward=data.default_chosen_reward,
+        default_rejected_reward=data.default_rejected_reward,
+    )
+
+
+def _prepare(
+    sources: dict[str, list[Source]], tokenizer: Tokenizer, options: DataOptions, cache: Path
+) -> dict[str, PreparedSplit]:
+    prepared = {}
+    for split, files in sources.items():
+        weights = None if files[0].weight is None else [file.weight for file in files]
+        whole = prepare_split([file.path for file in files], weights, tokenizer, options, cache)
+        start, stop = files[0].span
+        prepared[split] = whole.divide([start, stop - start, 1.0 - stop])[1] if stop - start < 1.0 else whole
+    return prepared
+
+
+def _batch_options(cfg: Config, pad_id: int, groups: Groups) -> dict[str, Any]:
+    layout = groups.layout
+    multiple = cfg.model.data.pad_length_to_multiple_of or 1
+    return {
+        "dp_rank": groups.dp.rank(),
+        "dp_size": groups.dp.size(),
+        "micro_batch_size": cfg.model.micro_batch_size,
+        # The interleaved schedule wants the number of micro-batches to be a multiple of the stages.
+        "microbatch_group": layout.pp if layout.vpp else 1,
+        "pad_id": pad_id,
+        "multiple": math.lcm(multiple, layout.tp if layout.sequence_parallel else 1),
+        "uniform": layout.pp > 1,
+    }

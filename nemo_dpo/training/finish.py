@@ -1,0 +1,63 @@
+"""What a finished run leaves: test metrics, the trained `.nemo`, a Hugging Face folder, a plot."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nemo_dpo.checkpoint import archive, sharded
+from nemo_dpo.config import Config
+from nemo_dpo.parallel.collective import on_rank_zero
+from nemo_dpo.training import run_log
+from nemo_dpo.training.data import PairData
+from nemo_dpo.training.module import PreferenceModule
+from nemo_dpo.training.plot import plot_metrics
+
+logger = logging.getLogger(__name__)
+
+
+def finish(cfg: Config, log_dir: Path, base: Path, module: PreferenceModule, data: PairData) -> None:
+    """Run once, after the last step. Collective.
+
+    Args:
+        base: the extracted archive that training started from: its config and tokenizer are the trained model's.
+    """
+    test = data.batches("test")
+    if test:
+        metrics = module.evaluate(test, [])
+        for target in module.trainer.loggers:
+            target.log_metrics({f"test/{name}": value for name, value in metrics.items()}, data.max_steps)
+        logger.info("test loss %.4f, acc %.3f", metrics["loss"], metrics["acc"])
+    if cfg.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
+        path = export_nemo(log_dir / "checkpoints" / f"{cfg.exp_manager.name}.nemo", base, module)
+        if cfg.exp_manager.hf_export_on_train_end:
+            on_rank_zero(lambda: _export_hf(path, log_dir / "checkpoints" / f"{cfg.exp_manager.name}_hf"))
+    if cfg.exp_manager.plot_on_train_end:
+        on_rank_zero(lambda: plot_metrics(log_dir / run_log.METRICS_FILE, log_dir / "metrics.png"))
+
+
+def export_nemo(path: Path, base: Path, module: PreferenceModule) -> Path:
+    """Write the policy as a `.nemo` archive with the config and the tokenizer of `base`. Collective."""
+    folder = path.with_name(path.name + sharded.UNFINISHED)
+    on_rank_zero(lambda: _copy_all_but_weights(base, folder))
+    sharded.save_weights(folder / archive.MODEL_WEIGHTS, module.engine)
+    on_rank_zero(lambda: archive.write_archive(folder, path, overwrite=True))
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+    logger.info("trained model: %s", path)
+    return path
+
+
+def _copy_all_but_weights(base: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns(archive.MODEL_WEIGHTS))
+
+
+def _export_hf(nemo: Path, folder: Path) -> None:
+    from nemo_dpo.convert import nemo_to_hf
+
+    nemo_to_hf(nemo, folder, overwrite=True)
+    logger.info("Hugging Face folder: %s", folder)

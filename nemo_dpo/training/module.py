@@ -1,0 +1,124 @@
+"""The LightningModule: one batch is one optimizer step."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from nemo_dpo.config.schema import OptimConfig
+from nemo_dpo.data.batch import GlobalBatch
+from nemo_dpo.losses import Objective
+from nemo_dpo.metrics.preference import NUM_SUMS, SUMS, finalize
+from nemo_dpo.parallel.engine import Engine
+from nemo_dpo.reference.frozen import Reference
+from nemo_dpo.training.lr import build_scheduler
+from nemo_dpo.training.step import objective_step
+from nemo_dpo.training.strategy import OptimizerHandle
+
+Metrics = dict[str, float]
+
+
+class PreferenceModule(LightningModule):
+    """Drives `Engine` from Lightning's loop.
+
+    Attributes:
+        metrics: the last step's metrics, without prefix; equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        reference: Reference,
+        objective: Objective,
+        optim: OptimConfig,
+        *,
+        clip_grad: float,
+        max_steps: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        # Past nn.Module's registration: Lightning must neither move, count nor save megatron-core's parameters.
+        object.__setattr__(self, "engine", engine)
+        self._reference = reference
+        self._objective = objective
+        self._optim = optim
+        self._clip_grad = clip_grad
+        self._max_steps = max_steps
+        self.metrics: Metrics = {}
+        self.progress: Callable[[], dict[str, Any]] = dict
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """megatron-core's optimizer behind a handle, and the schedule that steers it."""
+        handle = OptimizerHandle(self.engine, self._clip_grad)
+        return {"optimizer": handle, "lr_scheduler": build_scheduler(handle, self._optim, self._max_steps)}
+
+    def transfer_batch_to_device(self, batch: GlobalBatch, device: torch.device, dataloader_idx: int) -> GlobalBatch:
+        """To the device of the model, which Lightning does not know."""
+        return batch.to(self.engine.groups.device, non_blocking=True)
+
+    def training_step(self, batch: GlobalBatch, batch_idx: int) -> None:
+        """Reference pass, forward and backward, update, schedule; leaves `metrics`."""
+        start = time.perf_counter()
+        handle, scheduler = self.optimizers().optimizer, self.lr_schedulers()
+        rate = handle.param_groups[0]["lr"]
+        references = self._reference.logps(batch)
+        sums = self.engine.forward_backward(batch.micro_batches, objective_step(self._objective, references))
+        metrics, pairs, tokens = self._reduce(sums, batch)
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(
+                f"the loss of step {self.trainer.global_step} is {metrics['loss']}; no parameter was changed"
+            )
+        self.optimizers().step()
+        scheduler.step()
+        seconds = time.perf_counter() - start
+        self.metrics = {
+            **metrics,
+            "grad_norm": handle.grad_norm,
+            "lr": rate,
+            "step_time": seconds,
+            "pairs_per_second": pairs / seconds,
+            "tokens_per_second": tokens / seconds,
+            "memory_gib": self._peak_memory(),
+        }
+
+    def evaluate(self, batches: Iterable[GlobalBatch], references: list[list[Tensor]]) -> Metrics:
+        """Metrics over all `batches`. The reference's log-probs are computed where `references` does not hold them yet."""
+        sums: list[Tensor] = []
+        for number, batch in enumerate(batches):
+            on_device = batch.to(self.engine.groups.device)
+            if number == len(references):
+                references.append(self._reference.logps(on_device))
+            sums += self.engine.forward_only(
+                on_device.micro_batches, objective_step(self._objective, references[number])
+            )
+        return self._reduce(sums)[0]
+
+    def _reduce(self, sums: list[Tensor], batch: GlobalBatch | None = None) -> tuple[Metrics, float, float]:
+        """Metrics, pairs and unpadded tokens over all ranks, from the sums that the last stage collected."""
+        groups = self.engine.groups
+        total = torch.zeros(NUM_SUMS + 1, dtype=torch.float64, device=groups.device)
+        if sums:
+            total[:-1] = torch.stack(sums).sum(0)
+        if batch:
+            total[-1] = sum(micro_batch.tokens_real for micro_batch in batch)
+        dist.all_reduce(total, group=groups.dp)
+        groups.broadcast_from_last_stage(total)
+        return finalize(total[:-1]), total[SUMS.index("pairs")].item(), total[-1].item()
+
+    def _peak_memory(self) -> float:
+        """GiB at most so far: of the device, or resident of this process on a CPU host."""
+        if self.engine.groups.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Numbers that say where the run is; the strategy takes them out again."""
+        checkpoint["progress"] = self.progress()

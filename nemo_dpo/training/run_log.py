@@ -1,0 +1,151 @@
+"""Where a run writes: its folder, its loggers, metrics.jsonl and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from nemo_dpo.config import Config, to_yaml
+from nemo_dpo.config.exp_manager import ExpManagerConfig, nemo_options
+
+PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "lightning", "transformers", "transformer-engine", "nemo_dpo")
+METRICS_FILE = "metrics.jsonl"
+
+
+def log_dir_of(cfg: ExpManagerConfig) -> Path:
+    """explicit_log_dir, or NeMo's <exp_dir>/<name>[/<version>]: a run that may resume has no version of its own."""
+    if cfg.explicit_log_dir is not None:
+        return Path(cfg.explicit_log_dir).absolute()
+    folder = Path(cfg.exp_dir or "nemo_experiments").absolute() / cfg.name
+    if cfg.version is not None:
+        return folder / cfg.version
+    if cfg.resume_if_exists:
+        return folder
+    if cfg.use_datetime_version:
+        return folder / time.strftime("%Y-%m-%d_%H-%M-%S")
+    taken = [
+        int(f.name.removeprefix("version_"))
+        for f in folder.glob("version_*")
+        if f.name.removeprefix("version_").isdigit()
+    ]
+    return folder / f"version_{max(taken, default=-1) + 1}"
+
+
+def save_run_facts(cfg: Config, log_dir: Path) -> None:
+    """The effective configuration, the git revision and the package versions, beside the checkpoints."""
+    folder = log_dir / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+    versions = {name: metadata.version(name) for name in PACKAGES if _installed(name)}
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    facts = {"python": sys.version.split()[0], "git": git.stdout.strip() or None, "packages": versions}
+    (folder / "versions.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def attach_loggers(trainer: Trainer, cfg: ExpManagerConfig, log_dir: Path, resume_step: int) -> None:
+    """NeMo's exp_manager makes the loggers that `cfg` asks for; metrics.jsonl is added to them.
+
+    exp_manager's checkpoints, resuming and preemption stay off: they read the state of a run from file names.
+    """
+    from nemo.utils.exp_manager import exp_manager
+
+    options = nemo_options(cfg)
+    if cfg.create_wandb_logger:
+        identity = {"id": _wandb_id(log_dir), "resume": "allow"}
+        options["wandb_logger_kwargs"] = {**identity, **(cfg.wandb_logger_kwargs or {})}
+    # In a folder of its own: at each start exp_manager moves the files that it finds there to run_N.
+    exp_manager(trainer, {**options, "explicit_log_dir": str(log_dir / "logs")})
+    trainer.loggers = [*trainer.loggers, JsonlLogger(log_dir / METRICS_FILE, resume_step)]
+
+
+def _wandb_id(log_dir: Path) -> str:
+    path = log_dir / "wandb_run_id"
+    if not path.exists():
+        log_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4))
+    return path.read_text().strip()
+
+
+class JsonlLogger(Logger):
+    """One JSON object a line: step and metrics.
+
+    A resumed run first drops what the interrupted one wrote after its last save.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        super().__init__()
+        self._path = path
+        if rank_zero_only.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [row for row in read_metrics(path) if _before(row, resume_step)] if path.exists() else []
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    @property
+    def name(self) -> str:
+        return "jsonl"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """The effective configuration has its own file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append one line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut off by a kill is dropped."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _before(row: Mapping[str, Any], resume_step: int) -> bool:
+    # A step's training metrics belong to the update that follows; validation at a step precedes the save at that step.
+    training = any(name.startswith("train/") for name in row)
+    return bool(row["step"] < resume_step if training else row["step"] <= resume_step and resume_step > 0)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar over the whole run, with the numbers people look at."""
+
+    SHOWN = ("loss", "acc", "pairs_per_second")
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 10)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:  # type: ignore[override]
+        """loss, acc and pairs/s of the last step."""
+        latest: dict[str, float] = pl_module.metrics  # type: ignore[assignment]
+        return {name: f"{latest[name]:.3f}" for name in self.SHOWN if name in latest}

