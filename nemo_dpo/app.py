@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -32,7 +33,7 @@ from nemo_dpo.tokenizer import load_tokenizer
 from nemo_dpo.training import run_log, signals
 from nemo_dpo.training.cadence import Cadence, CheckpointKeeper, Rhythm
 from nemo_dpo.training.data import PairData
-from nemo_dpo.training.finish import finish
+from nemo_dpo.training.finish import export_nemo, finish, nemo_path
 from nemo_dpo.training.module import PreferenceModule
 from nemo_dpo.training.strategy import MegatronStrategy
 
@@ -51,7 +52,7 @@ def train(cfg: Config) -> int:
             tokenizer = load_tokenizer(model_config["tokenizer"], folder)
             data = PairData.prepare(cfg, model_config, tokenizer, log_dir, groups)
             engine = build_engine(cfg, Architecture.parse(model_config), folder, groups)
-            module, trainer, cadence = _build_trainer(cfg, log_dir, engine, data, resume)
+            module, trainer, cadence = _build_trainer(cfg, log_dir, folder, engine, data, resume)
             trainer.fit(
                 module, data.train_loader(lambda: trainer.global_step), ckpt_path=str(resume) if resume else None
             )
@@ -133,7 +134,7 @@ def build_options(cfg: Config) -> BuildOptions:
 
 
 def _build_trainer(
-    cfg: Config, log_dir: Path, engine: Engine, data: PairData, resume: Path | None
+    cfg: Config, log_dir: Path, base: Path, engine: Engine, data: PairData, resume: Path | None
 ) -> tuple[PreferenceModule, pl.Trainer, Cadence]:
     progress = sharded.read_progress(resume) if resume else {"step": 0}
     data.check_unchanged(progress)
@@ -154,7 +155,9 @@ def _build_trainer(
         log_interval=cfg.trainer.log_every_n_steps,
         sampler=data.sampler,
     )
-    cadence = Cadence(rhythm, data.batches("validation"), keeper, signals.TimeLimit(cfg.exp_manager.max_time_per_run))
+    limit = signals.TimeLimit(cfg.exp_manager.max_time_per_run)
+    export = partial(export_nemo, nemo_path(cfg, log_dir), base) if params.always_save_nemo else None
+    cadence = Cadence(rhythm, data.batches("validation"), keeper, limit, after_save=export)
     module.progress = lambda: {**data.progress(module.trainer.global_step), "layout": sharded.layout_of(engine)}
     trainer = pl.Trainer(
         accelerator="cpu" if engine.groups.device.type == "cpu" else "gpu",

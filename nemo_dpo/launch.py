@@ -22,9 +22,10 @@ from nemo_dpo.checkpoint.archive import read_model_config
 from nemo_dpo.config import Config, ConfigError, check, check_layout, check_model, load_config, parse_cli, show_config
 from nemo_dpo.data import DataError
 from nemo_dpo.model.architecture import Architecture, ArchitectureError
+from nemo_dpo.tokenizer import TokenizerError
 from nemo_dpo.training import signals
 
-REFUSALS = (ConfigError, DataError, CheckpointError, ArchitectureError)
+REFUSALS = (ConfigError, DataError, CheckpointError, ArchitectureError, TokenizerError)
 GRACE_SECONDS = 30.0  # for the other ranks to end by themselves after one has failed
 
 

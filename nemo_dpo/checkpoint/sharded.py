@@ -62,7 +62,7 @@ def save(folder: Path, engine: Engine, trainer_state: dict[str, Any], progress: 
 def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
     """Restore weights, optimizer and generators in place; return (trainer_state, progress). Collective.
 
-    The generators' states are restored under the layout they were saved from; under another one they start from the seed.
+    The generators' states are restored under the layout they were saved from; under another they start from the seed.
 
     Raises:
         CheckpointError: the folder is no complete checkpoint, or one of another model.

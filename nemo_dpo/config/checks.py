@@ -133,12 +133,11 @@ def _batch_sizes(cfg: Config, dp: int) -> Iterator[str]:
             f"model.global_batch_size={model.global_batch_size} must be a multiple of model.micro_batch_size="
             f"{model.micro_batch_size} × {dp} data-parallel ranks = {unit}; set model.global_batch_size={nearest}"
         )
-        return
-    per_rank, reference = model.global_batch_size // dp, model.dpo.log_prob_forward_micro_batch_size
-    if per_rank % reference:
+    reference = model.dpo.log_prob_forward_micro_batch_size
+    if reference != model.micro_batch_size:
         yield (
-            f"model.dpo.log_prob_forward_micro_batch_size={reference} must divide the {per_rank} pairs per step of "
-            f"each data-parallel rank; set it to model.micro_batch_size={model.micro_batch_size}"
+            f"model.dpo.log_prob_forward_micro_batch_size={reference} must be model.micro_batch_size="
+            f"{model.micro_batch_size}: the reference runs on the policy's micro-batches; leave it out"
         )
 
 

@@ -21,9 +21,7 @@ class CheckpointCallbackParams:
     mode: str = "min"
     """min or max: whether a small or a large metric is better."""
     save_top_k: int = 3
-    """Best checkpoints kept; -1 keeps all, 0 none."""
-    save_last: bool = True
-    """Keep the newest checkpoint besides, from which a run resumes."""
+    """Best checkpoints kept beside the newest, from which a run resumes; -1 keeps all, 0 none."""
     always_save_nemo: bool = False
     """Write the .nemo at every save, not only at the end."""
     save_nemo_on_train_end: bool = True
@@ -54,8 +52,6 @@ class ExpManagerConfig:
     """Resume from the newest checkpoint in the log folder."""
     resume_ignore_no_checkpoint: bool = True
     """Start afresh when there is none to resume from; false makes that an error."""
-    resume_past_end: bool = False
-    """Resume even from a checkpoint of a run that had finished."""
     resume_from_checkpoint: str | None = None
     """Resume from this checkpoint folder instead of the newest."""
     create_checkpoint_callback: bool = True

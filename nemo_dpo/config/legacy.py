@@ -94,6 +94,7 @@ _CHECKPOINT_CALLBACK: dict[str, Rule] = {
     "every_n_train_steps": Refused(_SAVE_RHYTHM),
     "train_time_interval": Refused(_SAVE_RHYTHM),
     "save_on_train_epoch_end": Refused(_SAVE_RHYTHM, OFF),
+    "save_last": Refused("the newest checkpoint is what a run resumes from and is always kept", (None, True)),
     "save_weights_only": Refused("a checkpoint holds all that resuming needs", OFF),
     "save_best_model": Refused("the best checkpoints are kept by save_top_k", OFF),
     "async_save": Refused("checkpoints are written synchronously", OFF),
@@ -117,11 +118,13 @@ _EXP_MANAGER: dict[str, Rule] = {
     "log_delta_step_timing": Mapped(_TIMING),
     "step_timing_kwargs": Mapped(_TIMING),
     "log_tflops_per_sec_per_gpu": Mapped(_TIMING),
+    "resume_past_end": Mapped("a finished run goes on when trainer.dpo.max_epochs or max_steps is raised", OFF),
     "disable_validation_on_resume": Mapped("a resumed run validates when its rhythm says so"),
     "seconds_to_sleep": Mapped("ranks wait for each other, not for a time"),
 }
 
 _PARALLEL: dict[str, Rule] = {
+    "ffn_dropout": Refused("megatron-core has no dropout inside the MLP", (None, 0, 0.0)),
     "context_parallel_size": Refused("context parallelism is not offered", (None, 1)),
     "expert_model_parallel_size": Refused(_MOE, (None, 1)),
     "expert_tensor_parallel_size": Refused(_MOE, (None, 1)),

@@ -66,7 +66,6 @@ LIMITS: dict[str, Limit] = {
     "model.activations_checkpoint_num_layers": COUNT,
     "model.hidden_dropout": FRACTION,
     "model.attention_dropout": FRACTION,
-    "model.ffn_dropout": FRACTION,
     "model.seed": NOT_NEGATIVE,
     "model.encoder_seq_length": COUNT,
     "model.dpo.ref_policy_kl_penalty": POSITIVE,

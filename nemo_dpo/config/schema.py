@@ -198,8 +198,6 @@ class ModelConfig(Architecture):
     """Dropout after attention and MLP; null is the checkpoint's."""
     attention_dropout: float | None = None
     """Dropout of attention probabilities; null is the checkpoint's."""
-    ffn_dropout: float | None = None
-    """Dropout inside the MLP; null is the checkpoint's."""
     transformer_engine: bool | None = None
     """Use Transformer Engine's layers; null uses them when installed, true demands them."""
     deterministic: bool = False

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from nemo_dpo.data.blend import blend, blend_counts
 from nemo_dpo.data.jsonl import Source, read_pairs

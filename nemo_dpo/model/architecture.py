@@ -109,7 +109,9 @@ class Architecture:
             )
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         bias = bool(config.get("bias", True))
-        scaling = config.get("rope_scaling")
+        # NeMo itself writes no numbers: there the switch alone means Llama 3.1's.
+        switched_on = bool(config.get("scale_positional_embedding"))
+        scaling = config.get("rope_scaling") or ({"rope_type": "llama3", "factor": 8.0} if switched_on else None)
         return cls(
             num_layers=int(config["num_layers"]),
             hidden_size=hidden,

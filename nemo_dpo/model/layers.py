@@ -33,7 +33,7 @@ class Norm(nn.Module):
             self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
             parameters.append(self.bias)
         else:
-            self.bias = None
+            self.register_parameter("bias", None)
         for parameter in parameters:
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

@@ -90,7 +90,7 @@ class _VocabParallelLogps(torch.autograd.Function):
         chunk_tokens: int,
     ) -> Tensor:
         peak, total, picked = _softmax_parts(hidden, weight[:real_rows], targets, chunk_tokens)
-        if group is not None and len(targets):
+        if group is not None:
             peak, total, picked = _combine(peak, total, picked, group)
         log_total = total.log()
         ctx.save_for_backward(hidden, weight, targets, peak + log_total)

@@ -1,4 +1,4 @@
-"""What happens between steps: logging, validation, checkpoints, stop requests. One callback, so that their order is fixed."""
+"""What happens between steps: logging, validation, checkpoints, stop requests. One callback: their order is fixed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from nemo_dpo.checkpoint import sharded
 from nemo_dpo.config.exp_manager import CheckpointCallbackParams
-from nemo_dpo.data.batch import GlobalBatch
 from nemo_dpo.data.sampler import PairSampler
 from nemo_dpo.training import signals
+from nemo_dpo.training.data import Batches
 from nemo_dpo.training.module import Metrics, PreferenceModule
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,17 @@ class Cadence(Callback):
     def __init__(
         self,
         rhythm: Rhythm,
-        validation: Sequence[GlobalBatch],
+        validation: Batches | None,
         keeper: CheckpointKeeper | None,
         time_limit: signals.TimeLimit,
+        after_save: Callable[[PreferenceModule], object] | None = None,
     ) -> None:
         self._rhythm = rhythm
         self._validation = validation
         self._validation_references: list[list[Tensor]] = []
         self._keeper = keeper
         self._time_limit = time_limit
+        self._after_save = after_save
         self._latest: Metrics = {}
         self.stop_reason: str | None = None
 
@@ -80,12 +82,14 @@ class Cadence(Callback):
         self.stop_reason = self._stop_requested(pl_module)
         if self._keeper and (step % rhythm.save_interval == 0 or last or self.stop_reason):
             self._keeper.save(trainer, {**self._latest, "step": step, **rhythm.position(step)})
+            if self._after_save and not last:  # at the end `finish` exports
+                self._after_save(pl_module)
         if self.stop_reason:
             logger.warning("stopping after step %d: %s", step, self.stop_reason)
             trainer.should_stop = True
 
     def _validate(self, trainer: Trainer, module: PreferenceModule) -> None:
-        if not self._validation:
+        if self._validation is None:
             return
         metrics = module.evaluate(self._validation, self._validation_references)
         self._latest = {f"val_{name}": value for name, value in metrics.items()}

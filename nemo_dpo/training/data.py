@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemo_dpo.config import Config, Source, data_sources
 from nemo_dpo.data.batch import GlobalBatch, build_global_batch
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Batches(Sequence[GlobalBatch]):
+class Batches(Dataset[GlobalBatch]):
     """Global batches by number, read and collated when asked for."""
 
     dataset: PairDataset
@@ -36,9 +36,9 @@ class Batches(Sequence[GlobalBatch]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, number: int) -> GlobalBatch:  # type: ignore[override]
+    def __getitem__(self, number: int) -> GlobalBatch:
         if not 0 <= number < self.length:
-            raise IndexError(number)
+            raise IndexError(number)  # which also ends a for loop
         return build_global_batch(self.dataset, self.pairs_of(number), **self.options)
 
 
@@ -89,10 +89,10 @@ class PairData:
         batches = Batches(self._datasets["train"], self.sampler.batch, self.max_steps, self._options)
         return DataLoader(batches, batch_size=None, sampler=_StepsFrom(start, self.max_steps))
 
-    def batches(self, split: str) -> Sequence[GlobalBatch]:
-        """All pairs of `split` in file order, the ragged last batch included; nothing if there is no such split."""
+    def batches(self, split: str) -> Batches | None:
+        """All pairs of `split` in file order, the ragged last batch included; None if there is no such split."""
         if split not in self._datasets:
-            return []
+            return None
         dataset = self._datasets[split]
         numbers = validation_batches(
             len(dataset), self._cfg.model.global_batch_size, self._cfg.trainer.dpo.limit_val_batches
@@ -163,10 +163,9 @@ def _prepare(
 ) -> dict[str, PreparedSplit]:
     prepared = {}
     for split, files in sources.items():
-        weights = None if files[0].weight is None else [file.weight for file in files]
-        whole = prepare_split([file.path for file in files], weights, tokenizer, options, cache)
-        start, stop = files[0].span
-        prepared[split] = whole.divide([start, stop - start, 1.0 - stop])[1] if stop - start < 1.0 else whole
+        weights = [file.weight for file in files if file.weight is not None]
+        spans = [file.span for file in files]
+        prepared[split] = prepare_split([file.path for file in files], weights or None, tokenizer, options, cache, spans)
     return prepared
 
 

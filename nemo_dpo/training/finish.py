@@ -26,17 +26,22 @@ def finish(cfg: Config, log_dir: Path, base: Path, module: PreferenceModule, dat
         base: the extracted archive that training started from: its config and tokenizer are the trained model's.
     """
     test = data.batches("test")
-    if test:
+    if test is not None:
         metrics = module.evaluate(test, [])
         for target in module.trainer.loggers:
             target.log_metrics({f"test/{name}": value for name, value in metrics.items()}, data.max_steps)
         logger.info("test loss %.4f, acc %.3f", metrics["loss"], metrics["acc"])
     if cfg.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
-        path = export_nemo(log_dir / "checkpoints" / f"{cfg.exp_manager.name}.nemo", base, module)
+        path = export_nemo(nemo_path(cfg, log_dir), base, module)
         if cfg.exp_manager.hf_export_on_train_end:
             on_rank_zero(lambda: _export_hf(path, log_dir / "checkpoints" / f"{cfg.exp_manager.name}_hf"))
     if cfg.exp_manager.plot_on_train_end:
         on_rank_zero(lambda: plot_metrics(log_dir / run_log.METRICS_FILE, log_dir / "metrics.png"))
+
+
+def nemo_path(cfg: Config, log_dir: Path) -> Path:
+    """Where the trained model is written."""
+    return log_dir / "checkpoints" / f"{cfg.exp_manager.name}.nemo"
 
 
 def export_nemo(path: Path, base: Path, module: PreferenceModule) -> Path:

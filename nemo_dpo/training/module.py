@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from nemo_dpo.losses import Objective
 from nemo_dpo.metrics.preference import NUM_SUMS, SUMS, finalize
 from nemo_dpo.parallel.engine import Engine
 from nemo_dpo.reference.frozen import Reference
+from nemo_dpo.training.data import Batches
 from nemo_dpo.training.lr import build_scheduler
 from nemo_dpo.training.step import objective_step
 from nemo_dpo.training.strategy import OptimizerHandle
@@ -89,11 +90,11 @@ class PreferenceModule(LightningModule):
             "memory_gib": self._peak_memory(),
         }
 
-    def evaluate(self, batches: Iterable[GlobalBatch], references: list[list[Tensor]]) -> Metrics:
-        """Metrics over all `batches`. The reference's log-probs are computed where `references` does not hold them yet."""
+    def evaluate(self, batches: Batches, references: list[list[Tensor]]) -> Metrics:
+        """Metrics over all `batches`; the reference's log-probs are computed unless `references` holds them already."""
         sums: list[Tensor] = []
-        for number, batch in enumerate(batches):
-            on_device = batch.to(self.engine.groups.device)
+        for number in range(len(batches)):
+            on_device = batches[number].to(self.engine.groups.device)
             if number == len(references):
                 references.append(self._reference.logps(on_device))
             sums += self.engine.forward_only(

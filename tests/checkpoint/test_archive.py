@@ -123,6 +123,7 @@ HOSTILE: dict[str, tuple[tarfile.TarInfo | Member, str]] = {
     "symlinked_folder": (special("./model_weights", tarfile.SYMTYPE, "/tmp"), "link"),
     "hardlink": (special("./link", tarfile.LNKTYPE, "/etc/passwd"), "link"),
     "device": (special("./null", tarfile.CHRTYPE), "device"),
+    "sparse": (special("./sparse", tarfile.GNUTYPE_SPARSE), "sparse"),
     "fifo": (special("./pipe", tarfile.FIFOTYPE), "device"),
     "twice": (("./model_weights/x", b"other"), "twice"),
     "file_in_place_of_a_folder": (("./model_weights", b"x"), "cannot be unpacked"),

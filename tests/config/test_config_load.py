@@ -392,4 +392,4 @@ def test_exp_manager_section_has_the_keys_of_nemos() -> None:
     options = nemo_options(load().exp_manager)
     assert options.keys() <= {item.name for item in fields(ExpManagerConfig)}
     assert options["create_preemption_callback"] is False
-    assert options["checkpoint_callback_params"]["monitor"] == "val_loss"
+    assert options["create_checkpoint_callback"] is False and "checkpoint_callback_params" not in options

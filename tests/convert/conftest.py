@@ -9,6 +9,7 @@ import pytest
 import torch
 
 CORPUS = [
+    *["x\n\n"] * 50,  # makes a token of two line breaks: whether a digit after it is cut off shows then
     "The quick brown fox jumps over the lazy dog. 0123456789 3.14159 1,000,000",
     "def add(a, b):\n    return a + b  # 2 + 2 == 4\n",
     "naïve café, Ελληνικά, кириллица, 東京タワー, العربية, हिन्दी, 🙂",
@@ -54,7 +55,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
 
 def save_tokenizer(folder: Path) -> None:
     """A byte-level BPE tokenizer of 300 tokens with a chat template and special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
@@ -62,6 +63,9 @@ def save_tokenizer(folder: Path) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(  # adds a bos, unless told not to
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(

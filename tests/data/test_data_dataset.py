@@ -106,6 +106,9 @@ def test_weights_blend_and_repeat(tmp_path: Path) -> None:
     assert prompts(dataset) == ["p0", "p4", "p1", "p5", "p2", "p4"]
     assert [pair.index for pair in dataset] == list(range(6)), "a repeated pair has an index of its own"
     assert dataset.prepared.pairs_per_shard == [3, 3]
+    assert dataset.last_tokens()[:, 0].tolist() == [pair.chosen_ids[-1] for pair in dataset]
+    long = write_rows(tmp_path / "c.jsonl", [row("pppp", "cc", "r")])
+    assert load(tmp_path / "cache", a, long, weights=[3, 2]).lengths()[:, 0].tolist() == [2, 4, 2, 4, 2]
     assert str(dataset.source(5)) == f"{b}:1"
     with pytest.raises(DataError, match="each file needs one positive number"):
         prepare_split([a, b], [1.0, 0.0], Letters(), OPTIONS, tmp_path / "cache")
@@ -173,7 +176,7 @@ def test_fingerprint_is_of_the_tokens(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", numbered(5))
     other = write_rows(tmp_path / "b.jsonl", [*numbered(4), row("p4", "c4", "R4")])
     # Same letters, another border between prompt and response.
-    border = write_rows(tmp_path / "c.jsonl", [*numbered(4), row("p", "4c4", "4r4")])
+    border = write_rows(tmp_path / "c.jsonl", [*numbered(4), row("p", "4c4", "r4")])
     reward = write_rows(tmp_path / "d.jsonl", [{**it, "chosen_reward": 9, "id": 0} for it in numbered(5)])
     cache = tmp_path / "cache"
     fingerprint = load(cache, file).fingerprint

@@ -161,6 +161,19 @@ def test_logits_of_all_tokens_never_exist() -> None:
     assert chunk * rows - tokens < backward.elements <= chunk * rows
 
 
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_the_gradient_of_what_is_frozen_is_not_computed(frozen: str) -> None:
+    """Told by the largest tensor of the backward pass, in which a chunk's logits are small: 2 tokens of 20 rows."""
+    tokens, hidden_size, rows = (40, 50, 20) if frozen == "hidden" else (6, 50, 20)
+    hidden = torch.randn(tokens, hidden_size, requires_grad=frozen != "hidden")
+    weight = torch.randn(rows, hidden_size, requires_grad=frozen != "weight")
+    targets = torch.randint(rows, (tokens,))
+    logps = vocab_parallel_logps(hidden, weight, targets, vocab_start=0, vocab_size=rows, group=None, chunk_tokens=2)
+    with LargestTensor() as backward:
+        logps.sum().backward()
+    assert backward.elements == (weight.numel() if frozen == "hidden" else hidden.numel())
+
+
 def test_responses_against_the_dense_oracle() -> None:
     """The product's path (positions picked, chunked log-probs, sums over responses) and the oracle's."""
     rows, length, vocabulary = 3, 7, 11

@@ -123,6 +123,12 @@ def test_no_pairs() -> None:
     assert (output.total.item(), output.weight.item(), logps.grad.shape) == (0, 0, (0,))
 
 
+def test_gt_reward_scale_reaches_the_loss() -> None:
+    # (1.5 − 1)² + (−1.25 + 0.2)², as in test_preference_losses.py; η = 1 would give (1.5 − 0.5)² + (−1.25 + 0.1)²
+    assert value(preference_loss="rpo_sq").total.item() == pytest.approx(1.3525, rel=1e-12)
+    assert value(preference_loss="rpo_sq", gt_reward_scale=1.0).total.item() == pytest.approx(2.3225, rel=1e-12)
+
+
 def test_beta_is_the_penalty() -> None:
     assert build_objective(Options(ref_policy_kl_penalty=0.37)).beta == 0.37
 

@@ -1,7 +1,7 @@
 """Run the real command line in forked processes that have already imported everything.
 
-A fork server imports the product once; each run is a fork of it (and the run's ranks are forks of that), so a run of two
-ranks costs about two seconds instead of twenty.
+A fork server imports the product once; each run is a fork of it (and the run's ranks are forks of that), so a run of
+two ranks costs about two seconds instead of twenty.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run_cli(
     """Run train_gpt_dpo with `arguments`; a status other than 0 fails the test unless `check` is false.
 
     Args:
-        patches: names of functions `module:function` that the process calls before the run, to break or watch something.
+        patches: names of functions `module:function` that the process calls before the run, to watch or break it.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     output = log_dir / "output.txt"
