@@ -6,18 +6,19 @@ import datetime
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from nemo.utils import logging as nemo_logging
 
 from nemo_dpo.checkpoint import CheckpointError, archive, sharded
 from nemo_dpo.config import Config, ConfigError
@@ -44,14 +45,15 @@ def train(cfg: Config) -> int:
     """A DPO run from its start, or from its newest checkpoint, to its end; returns the exit status."""
     log_dir = run_log.log_dir_of(cfg.exp_manager)
     with process_group(cfg) as groups:
-        _set_up_logging(groups)
+        _quieten_libraries()
+        on_rank_zero(lambda: run_log.check_wandb(cfg.exp_manager))
         resume = on_rank_zero(lambda: _checkpoint_to_resume(cfg, log_dir))
         on_rank_zero(lambda: run_log.save_run_facts(cfg, log_dir))
         with _extracted(Path(str(cfg.pretrained_checkpoint.restore_from_path))) as folder:
             model_config = archive.read_model_config(folder)
             tokenizer = load_tokenizer(model_config["tokenizer"], folder)
             data = PairData.prepare(cfg, model_config, tokenizer, log_dir, groups)
-            engine = build_engine(cfg, Architecture.parse(model_config), folder, groups)
+            engine = build_engine(cfg, model_config, folder, groups)
             module, trainer, cadence = _build_trainer(cfg, log_dir, folder, engine, data, resume)
             trainer.fit(
                 module, data.train_loader(lambda: trainer.global_step), ckpt_path=str(resume) if resume else None
@@ -100,9 +102,9 @@ def layout_of(cfg: Config, world: int) -> Layout:
     )
 
 
-def build_engine(cfg: Config, arch: Architecture, folder: Path, groups: Groups) -> Engine:
+def build_engine(cfg: Config, model_config: Mapping[str, Any], folder: Path, groups: Groups) -> Engine:
     """The model of the extracted archive `folder` under this run's layout, with its optimizer."""
-    chunks, transformer = build_model(arch, groups, build_options(cfg))
+    chunks, transformer = build_model(Architecture.parse(model_config), groups, build_options(cfg, model_config))
     sharded.load_weights(folder / archive.MODEL_WEIGHTS, chunks)
     engine = Engine(chunks, transformer, groups, cfg.model.optim)
     logger.info(
@@ -113,24 +115,36 @@ def build_engine(cfg: Config, arch: Architecture, folder: Path, groups: Groups) 
     return engine
 
 
-def build_options(cfg: Config) -> BuildOptions:
-    """What `model` says about precision, kernels, recompute and dropout."""
+def build_options(cfg: Config, model_config: Mapping[str, Any]) -> BuildOptions:
+    """What `model` says about precision, kernels, recompute and dropout; null is what the checkpoint says."""
     model = cfg.model
     wanted = model.transformer_engine
     if wanted and not has_transformer_engine():
         raise ConfigError(
             "model.transformer_engine=true but transformer_engine cannot be imported here; use null or false"
         )
+    granularity, method, num_layers = recompute_options(cfg, model_config)
     return BuildOptions(
         dtype=torch.bfloat16 if cfg.trainer.bf16 else torch.float32,
         transformer_engine=has_transformer_engine() if wanted is None else wanted,
-        recompute_granularity=model.activations_checkpoint_granularity,
-        recompute_method=model.activations_checkpoint_method,
-        recompute_num_layers=model.activations_checkpoint_num_layers,
+        recompute_granularity=granularity,
+        recompute_method=method,
+        recompute_num_layers=num_layers,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         deterministic=model.deterministic,
     )
+
+
+def recompute_options(cfg: Config, model_config: Mapping[str, Any]) -> tuple[str | None, str | None, int | None]:
+    """Granularity, method and number of layers of activation recompute; the last two belong to `full` alone."""
+    model = cfg.model
+    granularity = model.activations_checkpoint_granularity or model_config.get("activations_checkpoint_granularity")
+    method = model.activations_checkpoint_method or model_config.get("activations_checkpoint_method")
+    num_layers = model.activations_checkpoint_num_layers or model_config.get("activations_checkpoint_num_layers")
+    if granularity == "full":
+        return granularity, method, num_layers
+    return (granularity if granularity == "selective" else None), None, None
 
 
 def _build_trainer(
@@ -193,7 +207,8 @@ def _checkpoint_to_resume(cfg: Config, log_dir: Path) -> Path | None:
     found = sharded.complete_checkpoints(log_dir / "checkpoints") if manager.resume_if_exists else []
     if not found and manager.resume_if_exists and not manager.resume_ignore_no_checkpoint:
         raise CheckpointError(
-            f"{log_dir / 'checkpoints'} holds no checkpoint and exp_manager.resume_ignore_no_checkpoint=false; set it to true to start afresh"
+            f"{log_dir / 'checkpoints'} holds no checkpoint and exp_manager.resume_ignore_no_checkpoint=false; "
+            "set it to true to start afresh"
         )
     if found:
         logger.info("resuming from %s", found[-1])
@@ -225,10 +240,8 @@ def _set_determinism(cfg: Config) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _set_up_logging(groups: Groups) -> None:
-    from nemo.utils import logging as nemo_logging
-
-    level = logging.INFO if groups.rank == 0 else logging.ERROR
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s", force=True)
-    logging.getLogger("nemo_dpo").setLevel(level)
+def _quieten_libraries() -> None:
+    # They say once per rank what they found; levels, because their handlers are theirs.
     nemo_logging.setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("nv_one_logger").setLevel(logging.ERROR)

@@ -7,13 +7,18 @@ cost seconds, once), with accelerators before them (a process that has touched C
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import importlib
+import importlib.util
+import logging
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +27,15 @@ from nemo_dpo.checkpoint.archive import read_model_config
 from nemo_dpo.config import Config, ConfigError, check, check_layout, check_model, load_config, parse_cli, show_config
 from nemo_dpo.data import DataError
 from nemo_dpo.model.architecture import Architecture, ArchitectureError
-from nemo_dpo.tokenizer import TokenizerError
 from nemo_dpo.training import signals
 
-REFUSALS = (ConfigError, DataError, CheckpointError, ArchitectureError, TokenizerError)
+REFUSALS = (ConfigError, DataError, CheckpointError, ArchitectureError)
+HOST_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 GRACE_SECONDS = 30.0  # for the other ranks to end by themselves after one has failed
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+# What has never been run on an accelerator, and when a configuration uses it. docs/gpu.md has the table of runs.
+UNVERIFIED: tuple[tuple[str, Callable[[Config], bool]], ...] = (("training on an accelerator", lambda cfg: True),)
 
 
 @dataclass(frozen=True)
@@ -42,34 +51,32 @@ class Ranks:
 def main(config_dir: Path, config_name: str, job: str, argv: Sequence[str]) -> int:
     """Run `job` (a function of nemo_dpo.app) with the configuration that `argv` describes; returns the exit status.
 
-    2 is a refused request (one line on stderr), 1 a run that failed, 0 one that ended or was asked to stop.
+    0: it ended or was asked to stop; 1: it failed; 2: refused, with one line that says what to change; 130: Ctrl-C.
     """
     signals.note_signals()
-    try:
-        request = parse_cli(argv, config_dir, config_name, sys.argv[0])
-        if request.show_config:
-            show_config(request)
-        cfg = load_config(request.config_dir, request.config_name, request.overrides)
-        check(cfg)
-        model_config = read_model_config(Path(str(cfg.pretrained_checkpoint.restore_from_path)))
-        Architecture.parse(model_config)
-        check_model(cfg, model_config)
-        present = present_ranks(os.environ)
-        devices = local_devices(cfg)
-        world = check_ranks(cfg, present, devices)
-        check_layout(cfg, world)
-        if present is None and devices > 1:
-            return _fork_ranks(devices, lambda: _run(job, cfg), preload=None if accelerators() else "nemo_dpo.app")
-        _export(present or Ranks(0, 1, 0, 1))
-        return _run(job, cfg)
-    except REFUSALS as error:
-        return _refuse(error)
+    return _guarded(lambda: _launch(config_dir, config_name, job, argv))
 
 
-def _refuse(error: Exception) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)
-    return 2
+def _launch(config_dir: Path, config_name: str, job: str, argv: Sequence[str]) -> int:
+    present = present_ranks(os.environ)
+    _set_up_logging(present.rank if present else 0)
+    request = parse_cli(argv, config_dir, config_name, sys.argv[0])
+    if request.show_config:
+        show_config(request)
+    cfg = load_config(request.config_dir, request.config_name, request.overrides)
+    check(cfg)
+    if cfg.trainer.accelerator == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch must not see what is not to be used
+    check_host(cfg, accelerators())
+    world = check_ranks(cfg, present, local_devices(cfg, accelerators()))
+    check_layout(cfg, world)
+    model_config = read_model_config(Path(str(cfg.pretrained_checkpoint.restore_from_path)))
+    Architecture.parse(model_config)
+    check_model(cfg, model_config)
+    if present is None and world > 1:
+        return _fork_ranks(world, lambda: _run(job, cfg), preload=None if accelerators() else "nemo_dpo.app")
+    _export(present or _alone(0, 1))
+    return _run(job, cfg)
 
 
 def _run(job: str, cfg: Config) -> int:
@@ -77,37 +84,98 @@ def _run(job: str, cfg: Config) -> int:
     return int(getattr(app, job)(cfg))
 
 
+def _guarded(run: Callable[[], int]) -> int:
+    """The exit status of `run`. A failure that one line explains costs one line; any other keeps its traceback."""
+    try:
+        return run()
+    except REFUSALS as error:
+        return _report(str(error), 2)
+    except FloatingPointError as error:
+        return _report(f"{error}. Look at the data of this step or lower model.optim.lr; a new start resumes", 1)
+    except OSError as error:
+        if error.errno not in HOST_FAULTS:
+            raise
+        return _report(str(error), 1)
+    except signals.Interrupted:
+        return _report("interrupted; a new start goes on from the last checkpoint", 130)
+
+
+def _report(text: str, status: int) -> int:
+    # One rank of each host speaks: hosts may differ in the files that they see, the ranks of one do not.
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        sys.stderr.write(f"error: {text}\n")
+        sys.stderr.flush()
+    return status
+
+
+def _set_up_logging(rank: int) -> None:
+    """Messages of this package on stderr, from rank 0 alone; warnings of the others' packages."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s", force=True)
+    logging.getLogger("nemo_dpo").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+
+
 def present_ranks(env: Mapping[str, str]) -> Ranks | None:
     """The ranks that torchrun or srun has started, or None. One lone srun task counts as none."""
     if "RANK" in env and "WORLD_SIZE" in env:
-        world = int(env["WORLD_SIZE"])
-        return Ranks(int(env["RANK"]), world, int(env["LOCAL_RANK"]), int(env.get("LOCAL_WORLD_SIZE", world)))
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        world, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_STEP_NUM_NODES", "1"))
-        return Ranks(int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), world // nodes)
+        world = _number(env, "WORLD_SIZE")
+        local = _number(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else world
+        return Ranks(_number(env, "RANK"), world, _number(env, "LOCAL_RANK"), local)
+    if "SLURM_STEP_NUM_TASKS" in env and _number(env, "SLURM_STEP_NUM_TASKS") > 1:
+        world = _number(env, "SLURM_STEP_NUM_TASKS")
+        nodes = _number(env, "SLURM_STEP_NUM_NODES") if "SLURM_STEP_NUM_NODES" in env else 1
+        return Ranks(_number(env, "SLURM_PROCID"), world, _number(env, "SLURM_LOCALID"), world // nodes)
     return None
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    value = env.get(name, "")
+    if not value.isdecimal():
+        raise ConfigError(
+            f"{name}={value!r} in the environment is not the number that torchrun or srun sets; "
+            "start the ranks with one of them, or unset RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS"
+        )
+    return int(value)
 
 
 def accelerators() -> int:
     """NVIDIA devices that this process may use, counted without torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])
-    return present if visible is None else min(present, len([part for part in visible.split(",") if part.strip()]))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # As CUDA reads it: -1, or anything empty, ends the list.
+    return present if visible is None else min(present, len(visible.partition("-1")[0].replace(",", " ").split()))
 
 
-def local_devices(cfg: Config) -> int:
-    """Ranks wanted on this host."""
-    if cfg.trainer.accelerator == "gpu" and not accelerators():
+def check_host(cfg: Config, found: int) -> None:
+    """What a configuration asks of this host: packages, accelerators (`found` of them), paths that have been run.
+
+    Raises:
+        ConfigError: the host does not have it.
+    """
+    if cfg.trainer.accelerator == "gpu" and not found:
         raise ConfigError(
             "trainer.accelerator=gpu but this host has no NVIDIA device; use trainer.accelerator=auto or cpu"
         )
-    found = 0 if cfg.trainer.accelerator == "cpu" else accelerators()
+    if cfg.model.transformer_engine and not importlib.util.find_spec("transformer_engine"):
+        raise ConfigError("model.transformer_engine=true but transformer_engine is not installed; use null or false")
+    if cfg.model.data.apply_ftfy and not importlib.util.find_spec("ftfy"):
+        raise ConfigError("model.data.apply_ftfy=true but ftfy is not installed; pip install ftfy, or set it to false")
+    unverified = [feature for feature, used in UNVERIFIED if found and used(cfg)]
+    if unverified and not cfg.allow_unverified:
+        raise ConfigError(
+            f"{', '.join(unverified)} has not been run yet (docs/gpu.md); "
+            "add allow_unverified=true to run it all the same, or trainer.accelerator=cpu"
+        )
+
+
+def local_devices(cfg: Config, found: int) -> int:
+    """Ranks wanted on this host, which has `found` accelerators."""
     if cfg.trainer.devices == "auto":
         return max(1, found)
     devices = int(cfg.trainer.devices)
     if found and devices > found:
         raise ConfigError(
-            f"trainer.devices={devices} but this host has {found} accelerators; use at most {found}, or trainer.accelerator=cpu"
+            f"trainer.devices={devices} but this host has {found} accelerators; use at most {found}, "
+            "or trainer.accelerator=cpu"
         )
     return devices
 
@@ -117,16 +185,24 @@ def check_ranks(cfg: Config, present: Ranks | None, devices: int) -> int:
     if present is None:
         if cfg.trainer.num_nodes > 1:
             raise ConfigError(
-                f"trainer.num_nodes={cfg.trainer.num_nodes} but this process was started alone; start one process per rank with srun or torchrun"
+                f"trainer.num_nodes={cfg.trainer.num_nodes} but this process was started alone; "
+                "start one process per rank with srun or torchrun"
             )
         return devices
     wanted = devices * cfg.trainer.num_nodes
     if cfg.trainer.devices != "auto" and wanted != present.world_size:
         raise ConfigError(
-            f"trainer.devices={devices} × trainer.num_nodes={cfg.trainer.num_nodes} is {wanted} ranks, but {present.world_size} were started; "
-            "make the two agree"
+            f"trainer.devices={devices} × trainer.num_nodes={cfg.trainer.num_nodes} is {wanted} ranks, "
+            f"but {present.world_size} were started; make the two agree"
         )
     return present.world_size
+
+
+def _alone(rank: int, count: int) -> Ranks:
+    """Rank `rank` of `count` on this host, which meet at a free port of it."""
+    if rank == 0:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    return Ranks(rank, count, rank, count)
 
 
 def _export(ranks: Ranks) -> None:
@@ -140,12 +216,11 @@ def _export(ranks: Ranks) -> None:
     )
     os.environ.setdefault("TORCHELASTIC_RUN_ID", "nemo_dpo")
     if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = (
-            _first_host(os.environ.get("SLURM_STEP_NODELIST")) if ranks.world_size > 1 else "127.0.0.1"
-        )
+        os.environ["MASTER_ADDR"] = _first_host(os.environ.get("SLURM_STEP_NODELIST"))
     if "MASTER_PORT" not in os.environ:
-        job = os.environ.get("SLURM_JOB_ID")
-        os.environ["MASTER_PORT"] = str(15000 + int(job) % 20000 if job and ranks.world_size > 1 else _free_port())
+        if "SLURM_JOB_ID" not in os.environ:
+            raise ConfigError("MASTER_PORT is not set and there is no Slurm job; export MASTER_PORT on every rank")
+        os.environ["MASTER_PORT"] = str(15000 + _number(os.environ, "SLURM_JOB_ID") % 15000)
 
 
 def _first_host(nodes: str | None) -> str:
@@ -163,32 +238,33 @@ def _free_port() -> int:
 
 
 def _fork_ranks(count: int, run: Callable[[], int], preload: str | None) -> int:
-    """Run `run` in `count` children that are ranks of one run; returns the worst exit status."""
+    """Run `run` in `count` children that are ranks of one run; returns the exit status of the first that failed."""
     if preload:
         importlib.import_module(preload)
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
     sys.stdout.flush()
     sys.stderr.flush()
-    children = [_fork(Ranks(rank, count, rank, count), run) for rank in range(count)]
+    ranks = [_alone(rank, count) for rank in range(count)]
+    children = {_fork(place, run): place.rank for place in ranks}
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda received, _frame: _signal_all(children, received))
+    if signals.noted():  # between the forks and the lines above
+        _signal_all(children, signals.noted())
     return _wait(children)
 
 
 def _fork(ranks: Ranks, run: Callable[[], int]) -> int:
+    parent = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
+        _die_with(parent)
         signals.note_signals()
+        _set_up_logging(ranks.rank)
         _export(ranks)
-        status = run()
-    except REFUSALS as error:
-        status = _refuse(error)
+        status = _guarded(run)
     except BaseException:
-        import traceback
-
         sys.stderr.write(f"rank {ranks.rank}: {traceback.format_exc()}")
     finally:
         sys.stdout.flush()
@@ -196,24 +272,32 @@ def _fork(ranks: Ranks, run: Callable[[], int]) -> int:
         os._exit(status)  # the parent's exit handlers are not this process's
 
 
-def _wait(children: list[int]) -> int:
-    statuses: list[int] = []
-    deadline = None
-    while len(statuses) < len(children):
+def _die_with(parent: int) -> None:
+    """End this process when `parent` does: one that is killed cannot tell its children."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _wait(children: Mapping[int, int]) -> int:
+    """Wait for all `children` (process → rank); once one has failed the others have GRACE_SECONDS."""
+    running, first, deadline = dict(children), 0, float("inf")
+    while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            statuses.append(os.waitstatus_to_exitcode(status))
-            if statuses[-1] and deadline is None:
-                deadline = time.monotonic() + GRACE_SECONDS
-            continue
-        if deadline is not None and time.monotonic() > deadline:
-            _signal_all(children, signal.SIGKILL)
+        if pid in running:
+            rank, code = running.pop(pid), os.waitstatus_to_exitcode(status)
+            if code and not first:
+                first, deadline = code, time.monotonic() + GRACE_SECONDS
+                if code < 0:
+                    _report(f"rank {rank} was ended by {signal.Signals(-code).name}; the others cannot go on", 1)
+        elif time.monotonic() > deadline:
+            _signal_all(running, signal.SIGKILL)
         time.sleep(0.02)
-    failed = [status for status in statuses if status]
-    return abs(failed[0]) if failed else 0
+    return 128 - first if first < 0 else first
 
 
-def _signal_all(children: list[int], number: int) -> None:
+def _signal_all(children: Iterable[int], number: int) -> None:
     for pid in children:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -105,7 +105,7 @@ class Architecture:
             )
         if config.get("num_moe_experts"):
             raise ArchitectureError(
-                f"model_config.yaml: num_moe_experts={config['num_moe_experts']}: mixture of experts is not supported yet"
+                f"model_config.yaml: num_moe_experts={config['num_moe_experts']}: experts are not supported yet"
             )
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         bias = bool(config.get("bias", True))

@@ -78,7 +78,7 @@ class ResponseGPT(GPTModel):
         return TokenLogps(vocab_parallel_logps(hidden, weight, targets, chunk_tokens=self.logps_chunk, **shard), means)
 
     def output_weight(self) -> Tensor:
-        """This rank's rows of the output layer, [padded vocabulary / tp, hidden]; the embedding's when they are tied."""
+        """This rank's rows of the output layer, [padded vocabulary / tp, hidden]; the embedding's when tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight

@@ -67,7 +67,7 @@ class Engine:
             mcore_repairs.repair_optimizer(part)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatchLike], step: ForwardStep) -> list[Any]:
-        """Leave the gradient of sum / number of pairs of the global batch; return what `step` collected (last stage)."""
+        """Leave the gradient of sum / pairs of the global batch; return what `step` collected (last stage)."""
         for ddp in self._ddp:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()

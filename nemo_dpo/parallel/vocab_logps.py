@@ -45,8 +45,8 @@ def vocab_parallel_logps(
         vocab_start: the first row's token id.
         vocab_size: tokens of the tokenizer; rows from there on are padding, take no part and get gradient 0.
         group: the ranks that share the vocabulary; None where `weight` is the whole.
-        chunk_tokens: tokens whose logits exist at a time. Memory: chunk_tokens · V float32 and one such copy in the
-            inputs' dtype.
+        chunk_tokens: tokens whose logits exist at a time. Memory: about 2 · chunk_tokens · V float32, as one chunk is
+            freed only when the next one is there.
 
     Returns:
         [R] float32, the same on all ranks of `group`.
@@ -114,7 +114,8 @@ class _VocabParallelLogps(torch.autograd.Function):
                 grad_hidden += grad_logits @ weight[start:stop]
             if grad_weight is not None:
                 torch.mm(grad_logits.t(), hidden, out=grad_weight[start:stop])
-        return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
+        # Autograd rounds grad_hidden to the dtype of hidden.
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _softmax_parts(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -85,7 +85,7 @@ class PairData:
         return data
 
     def train_loader(self, start: Callable[[], int]) -> DataLoader[GlobalBatch]:
-        """All steps of the run from step `start()` on; it is asked when iteration begins, after a resume is restored."""
+        """All steps from `start()` on, which is asked when iteration begins: after a resume is restored."""
         batches = Batches(self._datasets["train"], self.sampler.batch, self.max_steps, self._options)
         return DataLoader(batches, batch_size=None, sampler=_StepsFrom(start, self.max_steps))
 
@@ -165,7 +165,8 @@ def _prepare(
     for split, files in sources.items():
         weights = [file.weight for file in files if file.weight is not None]
         spans = [file.span for file in files]
-        prepared[split] = prepare_split([file.path for file in files], weights or None, tokenizer, options, cache, spans)
+        paths = [file.path for file in files]
+        prepared[split] = prepare_split(paths, weights or None, tokenizer, options, cache, spans)
     return prepared
 
 

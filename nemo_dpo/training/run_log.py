@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from nemo_dpo.config import Config, to_yaml
+from nemo_dpo.config import Config, ConfigError, to_yaml
 from nemo_dpo.config.exp_manager import ExpManagerConfig, nemo_options
 
 PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "lightning", "transformers", "transformer-engine", "nemo_dpo")
@@ -82,6 +83,27 @@ def attach_loggers(trainer: Trainer, cfg: ExpManagerConfig, log_dir: Path, resum
     # In a folder of its own: at each start exp_manager moves the files that it finds there to run_N.
     exp_manager(trainer, {**options, "explicit_log_dir": str(log_dir / "logs")})
     trainer.loggers = [*trainer.loggers, JsonlLogger(log_dir / METRICS_FILE, resume_step)]
+
+
+def check_wandb(cfg: ExpManagerConfig) -> None:
+    """Log in to Weights & Biases now, rather than after the model is built. A terminal is asked for the key.
+
+    Raises:
+        ConfigError: it is wanted online and there is no API key.
+    """
+    given = cfg.wandb_logger_kwargs or {}
+    offline = given.get("offline") or {os.environ.get("WANDB_MODE"), given.get("mode")} & {"offline", "disabled"}
+    if not cfg.create_wandb_logger or offline:
+        return
+    import wandb
+
+    try:
+        wandb.login()
+    except wandb.Error as error:
+        raise ConfigError(
+            f"exp_manager.create_wandb_logger=true: {' '.join(str(error).split())} Or export WANDB_API_KEY, "
+            "or WANDB_MODE=offline, or set exp_manager.create_wandb_logger=false"
+        ) from error
 
 
 def _wandb_id(log_dir: Path) -> str:

@@ -1,7 +1,7 @@
 """Stop requests: signals and the time limit are noted, and acted on at the next step boundary.
 
-`note_signals` runs before torch is imported, so that a signal in the seconds of start-up is not lost. Nothing is done
-inside a handler. This module imports nothing heavy.
+`note_signals` runs before torch is imported, so that a signal in the seconds of start-up is not lost. Ctrl-C alone acts
+at once. This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -9,16 +9,27 @@ from __future__ import annotations
 import re
 import signal
 import time
+from types import FrameType
+from typing import NoReturn
 
 from nemo_dpo.config import ConfigError
 
 _noted: list[int] = []
 
 
+class Interrupted(BaseException):
+    """Ctrl-C. Not a KeyboardInterrupt: Lightning would turn that into exit status 1."""
+
+
 def note_signals() -> None:
-    """From now on SIGTERM and SIGUSR1 only leave a note."""
+    """From now on SIGTERM and SIGUSR1 only leave a note, and SIGINT raises `Interrupted`."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda received, _frame: _noted.append(received))
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Interrupted
 
 
 def noted() -> int:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dpo.logprobs import response_logps, segment_sum
-from nemo_dpo.parallel.vocab_logps import vocab_parallel_logps
+from nemo_dpo.parallel import vocab_logps
+from nemo_dpo.parallel.vocab_logps import mean_logits, vocab_parallel_logps
 from tests.logprobs.vocab_cases import (
     CHUNK,
     HIDDEN,
@@ -66,6 +67,33 @@ def test_bf16_weight_gradient_does_not_degrade_with_the_number_of_chunks() -> No
     logps.sum().backward()
     # Each token gives 1 − 1/2 to its target's row and −1/2 to the other: sums of 512 halves, exact in bf16.
     assert weight.grad.tolist() == [[256.0] * 4, [-256.0] * 4]
+
+
+def test_bf16_hidden_gradient_does_not_degrade_with_the_number_of_blocks() -> None:
+    """512 blocks of one vocabulary row: all but the target's add −1/512. Added up in bf16 they would stop at −1/2."""
+    tokens = rows = 512
+    weight = torch.ones(rows, 1, dtype=torch.bfloat16)
+    weight[0] = 0
+    hidden = torch.zeros(tokens, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(tokens, dtype=torch.long)
+    vocab_parallel_logps(
+        hidden, weight, targets, vocab_start=0, vocab_size=rows, group=None, chunk_tokens=1
+    ).sum().backward()
+    # −511/512 once rounded to bf16, 2⁻⁸ apart just below 1
+    assert hidden.grad.dtype == torch.bfloat16
+    assert hidden.grad.float().flatten().tolist() == pytest.approx([-511 / 512] * tokens, abs=2**-9)
+
+
+def test_mean_logits_carry_no_graph() -> None:
+    case = make_case()
+    assert not mean_logits(case.hidden.requires_grad_(), case.weight.requires_grad_(), **WHOLE).requires_grad
+
+
+def test_mean_logits_of_a_weight_of_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    whole = mean_logits(case.hidden, case.weight, **WHOLE)
+    monkeypatch.setattr(vocab_logps, "MEAN_BLOCK_ROWS", 3)
+    torch.testing.assert_close(mean_logits(case.hidden, case.weight, **WHOLE), whole, **FLOAT32)
 
 
 def test_padding_rows_take_no_part() -> None:
