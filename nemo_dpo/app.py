@@ -74,7 +74,7 @@ def train(cfg: Config) -> int:
 def process_group(cfg: Config) -> Iterator[Groups]:
     """torch.distributed and megatron-core's groups over the ranks that the environment names."""
     on_cpu = cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-    _set_determinism(cfg)
+    torch.use_deterministic_algorithms(cfg.model.deterministic)
     if on_cpu:
         cpu_host.install()
         if "OMP_NUM_THREADS" not in os.environ:
@@ -93,11 +93,12 @@ def process_group(cfg: Config) -> Iterator[Groups]:
 def layout_of(cfg: Config, world: int) -> Layout:
     """The parallel keys of `model`."""
     model = cfg.model
+    chunks = model.virtual_pipeline_model_parallel_size or 1
     return Layout(
         world=world,
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
-        vpp=model.virtual_pipeline_model_parallel_size,
+        vpp=chunks if chunks > 1 else None,
         sequence_parallel=model.sequence_parallel and model.tensor_model_parallel_size > 1,
     )
 
@@ -204,6 +205,8 @@ def _checkpoint_to_resume(cfg: Config, log_dir: Path) -> Path | None:
         return folder
     for left in sharded.remove_unfinished(log_dir / "checkpoints"):
         logger.warning("removed %s, left by an interrupted save", left)
+    for half in (log_dir / "checkpoints").glob(".*.nemo.*.tmp"):  # archive.write_archive's name
+        half.unlink()
     found = sharded.complete_checkpoints(log_dir / "checkpoints") if manager.resume_if_exists else []
     if not found and manager.resume_if_exists and not manager.resume_ignore_no_checkpoint:
         raise CheckpointError(
@@ -230,14 +233,6 @@ def _extracted(path: Path) -> Iterator[Path]:
     finally:
         if unpacks:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _set_determinism(cfg: Config) -> None:
-    # Transformer Engine reads this when it is imported; a value that the user has set is left alone.
-    if cfg.model.deterministic:
-        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 def _quieten_libraries() -> None:

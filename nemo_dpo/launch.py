@@ -27,9 +27,10 @@ from nemo_dpo.checkpoint.archive import read_model_config
 from nemo_dpo.config import Config, ConfigError, check, check_layout, check_model, load_config, parse_cli, show_config
 from nemo_dpo.data import DataError
 from nemo_dpo.model.architecture import Architecture, ArchitectureError
+from nemo_dpo.tokenizer import TokenizerError
 from nemo_dpo.training import signals
 
-REFUSALS = (ConfigError, DataError, CheckpointError, ArchitectureError)
+REFUSALS = (ConfigError, DataError, CheckpointError, ArchitectureError, TokenizerError)
 HOST_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 GRACE_SECONDS = 30.0  # for the other ranks to end by themselves after one has failed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -68,6 +69,7 @@ def _launch(config_dir: Path, config_name: str, job: str, argv: Sequence[str]) -
     if cfg.trainer.accelerator == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch must not see what is not to be used
     check_host(cfg, accelerators())
+    check_results_folder(cfg)
     world = check_ranks(cfg, present, local_devices(cfg, accelerators()))
     check_layout(cfg, world)
     model_config = read_model_config(Path(str(cfg.pretrained_checkpoint.restore_from_path)))
@@ -80,8 +82,16 @@ def _launch(config_dir: Path, config_name: str, job: str, argv: Sequence[str]) -
 
 
 def _run(job: str, cfg: Config) -> int:
+    if cfg.model.deterministic:
+        _ask_for_determinism()
     app = importlib.import_module("nemo_dpo.app")
     return int(getattr(app, job)(cfg))
+
+
+def _ask_for_determinism() -> None:
+    # Transformer Engine and cuBLAS read these when they are loaded; what the user has set is left alone.
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def _guarded(run: Callable[[], int]) -> int:
@@ -164,6 +174,17 @@ def check_host(cfg: Config, found: int) -> None:
         raise ConfigError(
             f"{', '.join(unverified)} has not been run yet (docs/gpu.md); "
             "add allow_unverified=true to run it all the same, or trainer.accelerator=cpu"
+        )
+
+
+def check_results_folder(cfg: Config) -> None:
+    """Refuse a folder that cannot be made, before the seconds of imports."""
+    folder = Path(cfg.exp_manager.explicit_log_dir or cfg.exp_manager.exp_dir or ".").absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"the results folder {folder} cannot be made: {there} is not a folder that may be written; "
+            "set exp_manager.explicit_log_dir"
         )
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from nemo_dpo.data.tokenize import Tokenizer as DataTokenizer
+
 ARTEFACT = "nemo:"
 HF_FILES = (
     "tokenizer.json",
@@ -33,26 +35,17 @@ class TokenizerError(ValueError):
     """A tokenizer is missing, damaged or lacks what is asked of it."""
 
 
-class Tokenizer(Protocol):
-    """What the trainer asks of a tokenizer."""
+class Tokenizer(DataTokenizer, Protocol):
+    """What a checkpoint's tokenizer can do beside making tokens of data.
 
-    @property
-    def eos_id(self) -> int: ...
-    @property
-    def pad_id(self) -> int:
-        """The padding token, or the end token where there is none: never mask by it."""
+    `pad_id` is the end token where there is no padding token: never mask by it. `fingerprint` is the SHA-256 over the
+    tokenizer's files.
+    """
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; a model may have more rows than that."""
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over the tokenizer's files: equal only if every text gets the same ids."""
-
-    def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
     def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         """Messages (`role`, `content`) as one text in the form that the model was trained on."""
 

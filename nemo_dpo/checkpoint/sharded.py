@@ -153,11 +153,12 @@ def _write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
         agree(lambda: write(unfinished))
         on_rank_zero(lambda: _commit(unfinished, folder))
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
+        free = shutil.disk_usage(folder.parent).free / 2**20
         if dist.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-        reason = " ".join(str(error).split())[-300:] or type(error).__name__
         raise CheckpointError(
-            f"could not write {folder}: {reason}. Earlier checkpoints are untouched; make space and start again"
+            f"could not write {folder}: {_reason(error)} ({free:.1f} MiB were left on the disk). "
+            "Earlier checkpoints are untouched; make space and start again"
         ) from error
 
 
@@ -188,9 +189,14 @@ def _load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         return dict(dist_checkpointing.load(state, str(folder)))
     except (OSError, RuntimeError, KeyError, CheckpointingException, CheckpointException) as error:
-        raise CheckpointError(
-            f"{folder} cannot be loaded into this model: {' '.join(str(error).split())[:400]}"
-        ) from error
+        raise CheckpointError(f"{folder} cannot be loaded into this model: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line; torch reports the failures of other ranks with their tracebacks."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[-300:] or type(error).__name__
 
 
 def _tensors_only(part: dict[str, Any]) -> dict[str, Any]:

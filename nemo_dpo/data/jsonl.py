@@ -58,7 +58,7 @@ def parse_line(line: bytes, source: Source) -> dict[str, object]:
     if b"\0" in line:
         raise DataError(f"{source}: a NUL byte at byte {line.index(0) + 1}; the file is damaged or not UTF-8")
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").rstrip("\r\n")  # or an error at the end would be in column 1 of a next line
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: byte {error.start + 1} is not UTF-8; convert the file to UTF-8") from error
     try:

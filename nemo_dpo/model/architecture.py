@@ -52,6 +52,8 @@ class RopeScaling:
                 raise ArchitectureError(
                     f"model_config.yaml: rope_scaling.{key}={entry[key]}; megatron-core computes {value} only"
                 )
+        if "factor" not in entry:
+            raise ArchitectureError("model_config.yaml lacks rope_scaling.factor, which rope_type llama3 needs")
         return cls(factor=float(entry["factor"]))
 
 
@@ -94,6 +96,9 @@ class Architecture:
         missing = [
             key for key in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size") if config.get(key) is None
         ]
+        positions: Any = config.get("max_position_embeddings") or config.get("encoder_seq_length")
+        if positions is None:
+            missing.append("max_position_embeddings")
         if missing:
             raise ArchitectureError(f"model_config.yaml lacks {', '.join(missing)}; is this an mcore .nemo checkpoint?")
         normalization = _known(config, "normalization", NORMALIZATIONS, "layernorm1p")
@@ -120,7 +125,7 @@ class Architecture:
             num_query_groups=int(config.get("num_query_groups") or heads),
             kv_channels=int(config.get("kv_channels") or hidden // heads),
             vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config.get("max_position_embeddings") or config["encoder_seq_length"]),
+            max_position_embeddings=int(positions),
             make_vocab_size_divisible_by=int(config.get("make_vocab_size_divisible_by") or 128),
             normalization=NORMALIZATIONS[normalization],
             zero_centered_norm=normalization == "layernorm1p",

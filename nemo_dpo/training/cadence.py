@@ -145,11 +145,11 @@ class CheckpointKeeper:
         dist.barrier()
 
     def _prune(self, newest: str) -> None:
+        _point(self._folder / "last", newest)  # first: what it pointed to may be among what is deleted
         keep = set(self._best()) | {newest}
         for folder in sharded.complete_checkpoints(self._folder):
             if folder.name not in keep and self._params.save_top_k != -1:
                 _remove(folder)
-        _point(self._folder / "last", newest)
 
     def _best(self) -> list[str]:
         worst_last = sorted(self._scores, key=self._scores.__getitem__, reverse=self._params.mode == "max")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemo_dpo.config import Config, Source, data_sources
@@ -87,7 +88,9 @@ class PairData:
     def train_loader(self, start: Callable[[], int]) -> DataLoader[GlobalBatch]:
         """All steps from `start()` on, which is asked when iteration begins: after a resume is restored."""
         batches = Batches(self._datasets["train"], self.sampler.batch, self.max_steps, self._options)
-        return DataLoader(batches, batch_size=None, sampler=_StepsFrom(start, self.max_steps))
+        # Its own generator: an iterator draws a seed, and the default one is dropout's, restored just before.
+        generator = torch.Generator()
+        return DataLoader(batches, batch_size=None, sampler=_StepsFrom(start, self.max_steps), generator=generator)
 
     def batches(self, split: str) -> Batches | None:
         """All pairs of `split` in file order, the ragged last batch included; None if there is no such split."""

@@ -12,7 +12,8 @@ def build_scheduler(optimizer: Optimizer, optim: OptimConfig, max_steps: int) ->
     """The schedule of `model.optim.sched` over `max_steps` optimizer steps, stepped once after each.
 
     `linear` warms up from 0 and decays to min_lr at max_steps; `constant` warms up and stays. With warm-up the first
-    step has learning rate 0, as in NeMo and transformers.
+    step has learning rate 0, as in transformers; so has CosineAnnealing's, which without constant_steps begins at
+    lr / (warmup_steps + 1) instead.
     """
     sched = optim.sched
     warmup = sched.warmup_steps or 0

@@ -154,7 +154,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _before(row: Mapping[str, Any], resume_step: int) -> bool:
-    # A step's training metrics belong to the update that follows; validation at a step precedes the save at that step.
+    # A step's training metrics belong to the update that follows; validation at a step precedes the save at that step;
+    # the test split comes last and is evaluated again.
+    if any(name.startswith("test/") for name in row):
+        return False
     training = any(name.startswith("train/") for name in row)
     return bool(row["step"] < resume_step if training else row["step"] <= resume_step and resume_step > 0)
 

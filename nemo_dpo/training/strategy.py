@@ -57,6 +57,8 @@ class MegatronStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """Collective: restores weights, optimizer and generators, and hands Lightning its own dictionary."""
         trainer_state, progress = sharded.load(Path(checkpoint_path), self._engine)
+        for handle in self.optimizers:
+            handle.param_groups = self._engine.optimizer.param_groups  # the load has replaced the dictionaries
         return {**trainer_state, "progress": progress}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -95,7 +95,7 @@ def start(
     )
 
 
-def ended(process: subprocess.Popen[str], timeout: float = 120) -> Ended:
+def ended(process: subprocess.Popen[str], timeout: float = 200) -> Ended:
     """Wait for the end."""
     output, _ = process.communicate(timeout=timeout)
     return Ended(process.returncode, output)

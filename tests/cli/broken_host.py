@@ -1,0 +1,133 @@
+"""Patches for `run_cli`, called in the process before the command: what goes wrong with a host or during a run."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import signal
+import tarfile
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from nemo_dpo import launch
+from nemo_dpo.checkpoint import sharded
+
+
+def _die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _at_call(count: int, function: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
+    """`function`, but its call number `count` ends with `act`, before the caller learns that it is done."""
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = function(*args, **kwargs)
+        if calls == count:
+            act()
+        return result
+
+    return wrapped
+
+
+def kill_after_the_shards() -> None:
+    """The second checkpoint has its shards, and not yet its progress.json."""
+    sharded.dist_checkpointing.save = _at_call(2, sharded.dist_checkpointing.save, _die)
+
+
+def kill_before_the_rename() -> None:
+    """The second checkpoint is complete, and not yet under its final name."""
+    sharded._save_sharded = _at_call(2, sharded._save_sharded, _die)
+
+
+def kill_while_pruning() -> None:
+    """The second checkpoint is there, the first one about to be deleted."""
+    from nemo_dpo.training import cadence
+
+    cadence.shutil = SimpleNamespace(rmtree=_die)  # type: ignore[attr-defined]
+
+
+def kill_while_packing() -> None:
+    """The trained .nemo is half written."""
+    tarfile.TarFile.add = _at_call(3, tarfile.TarFile.add, _die)  # type: ignore[method-assign]
+
+
+def fill_disk_while_saving() -> None:
+    """The second checkpoint finds no room for its last bytes."""
+    sharded.dist_checkpointing.save = _at_call(2, sharded.dist_checkpointing.save, _full)
+
+
+def fill_disk_while_packing() -> None:
+    """The trained .nemo finds no room."""
+    tarfile.TarFile.add = _at_call(3, tarfile.TarFile.add, _full)  # type: ignore[method-assign]
+
+
+def kill_rank_one() -> None:
+    """Rank 1 is killed in its second step, as by the kernel's out-of-memory killer."""
+    from nemo_dpo.training.module import PreferenceModule
+
+    _kill_rank_one_in_step(PreferenceModule)
+
+
+def _kill_rank_one_in_step(module: Any) -> None:
+    step = module.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1 and os.environ["RANK"] == "1":
+            _die()
+        step(self, batch, batch_idx)
+
+    module.training_step = training_step
+
+
+def interrupt_in_step_two() -> None:
+    """Ctrl-C in the third step."""
+    from nemo_dpo.training.module import PreferenceModule
+
+    step = PreferenceModule.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(self, batch, batch_idx)
+
+    PreferenceModule.training_step = training_step  # type: ignore[method-assign]
+
+
+def no_ftfy() -> None:
+    """ftfy is not installed."""
+    find_spec = importlib.util.find_spec
+    launch.importlib.util.find_spec = lambda name, package=None: (  # type: ignore[attr-defined]
+        None if name == "ftfy" else find_spec(name, package)
+    )
+
+
+def one_accelerator() -> None:
+    """The host has one GPU."""
+    launch.accelerators = lambda: 1
+
+
+def no_wandb_account() -> None:
+    """Nobody has logged in to Weights & Biases here."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        os.environ.pop(name, None)
+    os.environ.update(NETRC=os.devnull, WANDB_CONFIG_DIR=os.devnull)
+
+
+def two_ranks_started() -> None:
+    """torchrun started two ranks; this is the first."""
+    os.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2")
+
+
+def half_a_torchrun() -> None:
+    """A job system sets RANK and WORLD_SIZE but not LOCAL_RANK."""
+    os.environ.update(RANK="0", WORLD_SIZE="2")
+    os.environ.pop("LOCAL_RANK", None)

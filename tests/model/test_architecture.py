@@ -1,0 +1,172 @@
+"""model_config.yaml → Architecture: NeMo's names and defaults, and what is refused by key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_dpo.model.architecture import Architecture, ArchitectureError, RopeScaling
+
+LEAST: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def parse(**changes: Any) -> Architecture:
+    return Architecture.parse({**LEAST, **changes})
+
+
+def test_defaults_are_nemos() -> None:
+    """megatron_gpt_config.yaml: GPT-2's shape with layernorm1p."""
+    arch = parse()
+    assert (arch.ffn_hidden_size, arch.num_query_groups, arch.kv_channels) == (4 * 48, 6, 8)
+    assert (arch.normalization, arch.zero_centered_norm, arch.layernorm_epsilon) == ("LayerNorm", True, 1e-5)
+    assert (arch.activation, arch.gated, arch.linear_bias, arch.qkv_bias) == ("gelu", False, True, False)
+    assert (arch.position_embedding, arch.rotary_base, arch.rotary_percent) == ("learned_absolute", 10000.0, 1.0)
+    assert (arch.tied_embeddings, arch.make_vocab_size_divisible_by) == (True, 128)
+    assert (arch.rope_scaling, arch.rope_interpolation) == (None, None)
+
+
+def test_null_is_the_default_too() -> None:
+    keys = ("ffn_hidden_size", "num_query_groups", "kv_channels", "rotary_base", "make_vocab_size_divisible_by")
+    assert parse(**dict.fromkeys(keys)) == parse()
+
+
+def test_values_are_taken() -> None:
+    arch = parse(
+        ffn_hidden_size=100,
+        num_query_groups=3,
+        kv_channels=16,
+        layernorm_epsilon=1e-6,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=1e6,
+        rotary_percentage=0.5,
+        seq_len_interpolation_factor=2.0,
+        hidden_dropout=0.1,
+        attention_dropout=0.2,
+        make_vocab_size_divisible_by=64,
+    )
+    assert (arch.ffn_hidden_size, arch.num_query_groups, arch.kv_channels) == (100, 3, 16)
+    assert (arch.layernorm_epsilon, arch.tied_embeddings, arch.position_embedding) == (1e-6, False, "rope")
+    assert (arch.rotary_base, arch.rotary_percent, arch.rope_interpolation) == (1e6, 0.5, 2.0)
+    assert (arch.hidden_dropout, arch.attention_dropout, arch.make_vocab_size_divisible_by) == (0.1, 0.2, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "activation", "gated"),
+    [
+        ("fast-swiglu", "silu", True),
+        ("swiglu", "silu", True),
+        ("geglu", "gelu", True),
+        ("fast-geglu", "gelu", True),
+        ("gelu", "gelu", False),
+        ("openai-gelu", "gelu_tanh", False),
+        ("squared-relu", "squared_relu", False),
+        ("relu", "relu", False),
+    ],
+)
+def test_activations(name: str, activation: str, gated: bool) -> None:
+    arch = parse(activation=name)
+    assert (arch.activation, arch.gated) == (activation, gated)
+
+
+@pytest.mark.parametrize(
+    ("name", "normalization", "zero_centred"),
+    [("rmsnorm", "RMSNorm", False), ("layernorm", "LayerNorm", False), ("layernorm1p", "LayerNorm", True)],
+)
+def test_normalizations(name: str, normalization: str, zero_centred: bool) -> None:
+    arch = parse(normalization=name)
+    assert (arch.normalization, arch.zero_centered_norm) == (normalization, zero_centred)
+
+
+@pytest.mark.parametrize(
+    ("keys", "linear", "qkv"),
+    [
+        ({"bias": True}, True, False),  # megatron-core's `bias` includes the QKV bias
+        ({"bias": True, "qkv_bias": True}, True, False),
+        ({"bias": False}, False, False),
+        ({"bias": False, "qkv_bias": True}, False, True),
+    ],
+)
+def test_biases(keys: dict[str, bool], linear: bool, qkv: bool) -> None:
+    arch = parse(**keys)
+    assert (arch.linear_bias, arch.qkv_bias) == (linear, qkv)
+
+
+def test_the_longest_sequence_stands_in_for_the_positions() -> None:
+    assert parse(max_position_embeddings=None, encoder_seq_length=2048).max_position_embeddings == 2048
+
+
+def test_rope_scaling() -> None:
+    assert parse(rope_scaling=LLAMA3).rope_scaling == RopeScaling(32.0)
+    old_name = {**{key: value for key, value in LLAMA3.items() if key != "rope_type"}, "type": "llama3"}
+    assert parse(rope_scaling=old_name).rope_scaling == RopeScaling(32.0)
+    # NeMo's own switch comes without numbers: Llama 3.1's.
+    assert parse(scale_positional_embedding=True).rope_scaling == RopeScaling(8.0)
+    assert parse(scale_positional_embedding=True, rope_scaling=LLAMA3).rope_scaling == RopeScaling(32.0)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "multiple", "tp", "rows"),
+    [
+        (1000, 128, 1, 1024),
+        (1000, 128, 2, 1024),
+        (1000, 128, 3, 1152),
+        (1000, 128, 8, 1024),
+        (1025, 128, 8, 2048),
+        (1024, 128, 4, 1024),
+        (1, 1, 4, 4),
+    ],
+)
+def test_vocabulary_padding(vocabulary: int, multiple: int, tp: int, rows: int) -> None:
+    """The least multiple of multiple · tp that holds the vocabulary."""
+    assert parse(vocab_size=vocabulary, make_vocab_size_divisible_by=multiple).padded_vocab_size(tp) == rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": None, "vocab_size": None}, "lacks num_layers, vocab_size"),
+        ({"normalization": "batchnorm"}, r"normalization='batchnorm' .* rmsnorm, layernorm, layernorm1p"),
+        ({"activation": "reglu"}, r"activation='reglu' .* fast-swiglu"),
+        ({"position_embedding_type": "alibi"}, r"position_embedding_type='alibi' .* rope"),
+        ({"attention_type": "multiquery"}, r"attention_type='multiquery' .* multihead"),
+        ({"num_moe_experts": 8}, "num_moe_experts=8"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"type 'yarn' .* llama3"),
+        ({"rope_scaling": {"factor": 4.0}}, r"type None"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 8.0}}, r"rope_scaling.high_freq_factor=8.0; .* 4.0 only"),
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 4096}}, r"=4096; .* 8192 only"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArchitectureError, match=message):
+        parse(**changes)
+
+
+def test_a_refusal_is_a_value_error() -> None:
+    assert issubclass(ArchitectureError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"max_position_embeddings": None}, "max_position_embeddings"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor"),
+    ],
+)
+def test_every_missing_key_is_named(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ArchitectureError, match=key):
+        parse(**changes)

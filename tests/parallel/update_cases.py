@@ -1,0 +1,64 @@
+"""What one process finds out about `Engine.update`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.model.model_cases import BETA, SIZES, build, random_batches, reference_logps
+
+
+def _weights(engine: Any) -> Tensor:
+    return torch.cat([p.detach().flatten().clone() for chunk in engine.chunks for p in chunk.parameters()])
+
+
+def _backward(engine: Any) -> None:
+    """Leave the gradient of a DPO loss."""
+    from nemo_dpo.config.schema import DpoConfig
+    from nemo_dpo.losses import build_objective
+    from nemo_dpo.training.step import objective_step
+
+    batches, objective = random_batches(SIZES), build_objective(DpoConfig(ref_policy_kl_penalty=BETA))
+    engine.forward_backward(batches, objective_step(objective, reference_logps(batches)))
+
+
+def clipped_updates(_rank: int, nemo: Path, limits: list[float]) -> dict[str, Any]:
+    """Gradient, its norm, and for each of `limits` the norm that `update` gave and what it added to the weights."""
+    from nemo_dpo.parallel.groups import Layout
+
+    engine = build(nemo, Layout(1))
+    found: dict[str, Any] = {"norms": [], "updates": []}
+    for limit in limits:
+        start = _weights(engine)
+        _backward(engine)
+        found["gradient"] = torch.cat([p.main_grad.flatten().clone() for p in engine.chunks[0].parameters()])
+        found["norms"].append(engine.update(limit))
+        found["updates"].append(_weights(engine) - start)
+        with torch.no_grad():  # back to where it was, so that every limit meets the same gradient
+            for p, update in zip(engine.chunks[0].parameters(), _parts(engine, found["updates"][-1]), strict=True):
+                p -= update
+    return found
+
+
+def _parts(engine: Any, flat: Tensor) -> list[Tensor]:
+    parameters = list(engine.chunks[0].parameters())
+    return [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)]
+
+
+def update_on_nan(_rank: int, nemo: Path) -> tuple[str, bool]:
+    """The error of an update whose gradient holds a NaN, and whether it changed a weight."""
+    from nemo_dpo.parallel.groups import Layout
+
+    engine = build(nemo, Layout(1))
+    start = _weights(engine)
+    _backward(engine)
+    next(engine.chunks[0].parameters()).main_grad.view(-1)[0] = math.nan
+    try:
+        engine.update(0.0)
+    except FloatingPointError as error:
+        return str(error), torch.equal(_weights(engine), start)
+    return "", False

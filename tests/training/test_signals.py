@@ -1,0 +1,79 @@
+"""Stop requests: which signals leave a note, which acts at once, and the limit on a run's time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from nemo_dpo.config import ConfigError
+from nemo_dpo.training import signals
+
+NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def noting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Handlers as a run has them, and no note; afterwards the test process has its own again."""
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    monkeypatch.setattr(signals, "_noted", [])
+    signals.note_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_nothing_is_noted_before_a_signal_comes() -> None:
+    assert signals.noted() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_leaves_a_note_and_interrupts_nothing(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    assert signals.noted() == number
+
+
+def test_the_first_request_counts() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.noted() == signal.SIGUSR1
+
+
+def test_ctrl_c_acts_at_once() -> None:
+    with pytest.raises(signals.Interrupted):
+        signal.raise_signal(signal.SIGINT)
+    assert signals.noted() == 0
+
+
+def test_ctrl_c_is_caught_by_no_handler_of_errors() -> None:
+    """Lightning answers a KeyboardInterrupt by exit status 1, and `except Exception` must not swallow it."""
+    assert not issubclass(signals.Interrupted, Exception | KeyboardInterrupt)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("00:00:00:07", 7), ("00:00:01:00", 60), ("00:03:45:00", 13500), ("02:00:00:01", 172801), ("0:0:90:0", 5400)],
+)
+def test_time_limit(monkeypatch: pytest.MonkeyPatch, text: str, seconds: int) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    limit = signals.TimeLimit(text)
+    now[0] += seconds - 0.5
+    assert not limit.over()
+    now[0] += 0.5
+    assert limit.over()
+
+
+def test_no_limit_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = signals.TimeLimit(None)
+    monkeypatch.setattr(time, "monotonic", lambda: float("inf"))
+    assert not limit.over()
+
+
+@pytest.mark.parametrize("text", ["", "3600", "01:00:00", "1 day", "00:00:00:-5", "00:00:00:07\n", "00:00:00:0.5"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"max_time_per_run=.* DD:HH:MM:SS"):
+        signals.TimeLimit(text)
