@@ -40,6 +40,8 @@ from nemo_dpo.training.strategy import MegatronStrategy
 
 logger = logging.getLogger(__name__)
 
+REFERENCES = {"frozen": FrozenReference}
+
 
 def train(cfg: Config) -> int:
     """A DPO run from its start, or from its newest checkpoint, to its end; returns the exit status."""
@@ -155,7 +157,7 @@ def _build_trainer(
     data.check_unchanged(progress)
     module = PreferenceModule(
         engine,
-        FrozenReference(engine),
+        REFERENCES[cfg.model.dpo.reference.kind](engine),
         build_objective(cfg.model.dpo),
         cfg.model.optim,
         clip_grad=cfg.trainer.dpo.gradient_clip_val,

@@ -127,7 +127,7 @@ class OptimConfig:
     lr: float = 9e-6
     """Peak learning rate."""
     weight_decay: float = 0.1
-    """Decoupled weight decay."""
+    """Weight decay, decoupled for AdamW, added to the gradient for sgd; norms and biases are not decayed."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     """Decay of Adam's two moments."""
     eps: float = 1e-8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -125,7 +126,9 @@ class Cadence(Callback):
 class CheckpointKeeper:
     """Names, writes and prunes the checkpoints of a run: the newest, and the best `save_top_k` by `monitor`.
 
-    What was best is remembered in the checkpoints themselves, not read from their names.
+    A checkpoint's score is that of the newest validation before it; one without a finite score is never among the best.
+    Scores are remembered in the checkpoints themselves, not read from their names, and folders that this run did not
+    write are left alone.
     """
 
     def __init__(self, folder: Path, params: CheckpointCallbackParams) -> None:
@@ -136,27 +139,25 @@ class CheckpointKeeper:
     def save(self, trainer: Trainer, values: dict[str, float]) -> None:
         """Write a checkpoint named after `values`, then delete what is no longer among newest and best. Collective."""
         name = checkpoint_name(self._params.filename, values)
-        monitor = values.get(self._params.monitor)
-        if monitor is not None:
-            self._scores[name] = float(monitor)
+        self._scores[name] = float(values.get(self._params.monitor, math.nan))
         trainer.save_checkpoint(self._folder / name)
+        kept = {name, *self._best()}
         if dist.get_rank() == 0:
-            self._prune(name)
+            _point(self._folder / "last", name)  # first: what it pointed to may be among what is deleted
+            for old in self._scores.keys() - kept:
+                _remove(self._folder / old)
+        self._scores = {old: score for old, score in self._scores.items() if old in kept}
         dist.barrier()
 
-    def _prune(self, newest: str) -> None:
-        _point(self._folder / "last", newest)  # first: what it pointed to may be among what is deleted
-        keep = set(self._best()) | {newest}
-        for folder in sharded.complete_checkpoints(self._folder):
-            if folder.name not in keep and self._params.save_top_k != -1:
-                _remove(folder)
-
     def _best(self) -> list[str]:
-        worst_last = sorted(self._scores, key=self._scores.__getitem__, reverse=self._params.mode == "max")
-        return worst_last if self._params.save_top_k == -1 else worst_last[: self._params.save_top_k]
+        if self._params.save_top_k == -1:
+            return list(self._scores)
+        finite = [name for name, score in self._scores.items() if math.isfinite(score)]
+        best_first = sorted(finite, key=self._scores.__getitem__, reverse=self._params.mode == "max")
+        return best_first[: self._params.save_top_k]
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores of the checkpoints saved so far."""
+        """Scores of the checkpoints that exist."""
         return {"scores": dict(self._scores)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,6 +175,8 @@ def checkpoint_name(template: str, values: dict[str, float]) -> str:
 
 
 def _remove(folder: Path) -> None:
+    if not folder.exists():  # an interrupted run deleted it after the save that this one resumed from
+        return
     # Renamed first: a kill in the middle leaves no half-deleted folder under a checkpoint's name.
     doomed = folder.with_name(folder.name + ".removed" + sharded.UNFINISHED)
     os.replace(folder, doomed)

@@ -1,4 +1,4 @@
-"""A run that was stopped and started again is the run that was not, bit for bit; nothing of its state may be missing."""
+"""A run stopped and started again is the run that was not, bit for bit; nothing of its state may be missing."""
 
 from __future__ import annotations
 

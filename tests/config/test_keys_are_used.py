@@ -12,8 +12,8 @@ from nemo_dpo.config.keys import schema_keys
 
 PACKAGE = Path(__file__).parents[2] / "nemo_dpo"
 DEFINITIONS = {PACKAGE / "config" / name for name in ("schema.py", "exp_manager.py", "architecture.py", "limits.py")}
-# exp_manager's max_time_per_run follows it, and only that one is read.
-FOLLOWED = {"trainer.max_time"}
+# exp_manager.max_time_per_run and model.data.seq_length follow these, and only those are read.
+FOLLOWED = {"trainer.max_time", "model.encoder_seq_length"}
 
 
 def attributes_read() -> set[str]:

@@ -84,7 +84,8 @@ def main(folder: Path, module: str, arguments: list[str]) -> None:
         traceback.print_exc()
         imported = False
     if imported:
-        pytest.main(["-q", "-p", "pytest_timeout", "-p", "no:cacheprovider", *arguments], plugins=[recorder])
+        # -s: what tests fork writes to sys.stderr as pytest left it, and some tests read that from descriptor 2.
+        pytest.main(["-q", "-s", "-p", "pytest_timeout", "-p", "no:cacheprovider", *arguments], plugins=[recorder])
     passed = {test: recorder.seconds[test] for test in recorder.passed}
     report = {"imported": imported, "failures": recorder.failures, "passed": passed}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")

@@ -5,5 +5,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-for name in ("nemo_dpo.app", "nemo_dpo.launch", "nemo_dpo.convert", "nemo.utils.exp_manager", "transformers", "matplotlib.pyplot"):
+OWN = ("nemo_dpo.app", "nemo_dpo.launch", "nemo_dpo.convert")
+for name in (*OWN, "nemo.utils.exp_manager", "transformers", "matplotlib.pyplot"):
     importlib.import_module(name)
