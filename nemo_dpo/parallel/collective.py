@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 T = TypeVar("T")
 
@@ -15,9 +16,9 @@ def agree(action: Callable[[], T]) -> T:
     result, error = None, None
     try:
         result = action()
-    except Exception as caught:  # handed to every rank below
+    except (Exception, CheckpointException) as caught:  # the latter is a bare BaseException; handed to every rank below
         error = caught
-    errors: list[Exception | None] = [None] * dist.get_world_size()
+    errors: list[BaseException | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     first = next((caught for caught in errors if caught is not None), None)
     if first is not None:

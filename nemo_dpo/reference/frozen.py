@@ -45,8 +45,8 @@ class FrozenReference:
 def weights_swapped(chunks: Sequence[nn.Module], weights: Sequence[Sequence[Tensor]]) -> Iterator[None]:
     """The parameters of `chunks` point at `weights` inside, at their own storage again afterwards; no copies."""
     own = [[p.data for p in chunk.parameters()] for chunk in chunks]
-    _point(chunks, weights)
     try:
+        _point(chunks, weights)
         yield
     finally:
         _point(chunks, own)

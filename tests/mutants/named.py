@@ -433,14 +433,14 @@ CHECKPOINT_MUTATIONS = (
         SHARDED,
         " and f.suffix != UNFINISHED and",
         " and",
-        f"{KILLED}[kill_before_the_rename-4]",
+        "tests/checkpoint/test_unfinished.py::test_complete_checkpoints_by_step_and_nothing_else",
     ),
     Mutation(
-        "checkpoint written under its final name",
+        "interrupted save looks like a checkpoint",
         SHARDED,
         "unfinished = folder.with_name(folder.name + UNFINISHED)",
-        "unfinished = folder",
-        f"{KILLED}[kill_after_the_shards-4]",
+        'unfinished = folder.with_name(folder.name + ".partial")',
+        f"{KILLED}[kill_before_the_rename-4]",
     ),
 )
 

@@ -46,10 +46,11 @@ SAFEGUARDS = {"strict", "disable_bucketing"}
 
 @dataclass(frozen=True)
 class Change:
-    """Another text for a stretch of a file."""
+    """Another text for a stretch of a file; line and column count from 1."""
 
     file: str
     line: int
+    column: int
     start: int  # offsets into the file
     stop: int
     old: str
@@ -57,7 +58,7 @@ class Change:
 
     @property
     def name(self) -> str:
-        return f"{self.file}:{self.line}: {self.old} → {self.new}"
+        return f"{self.file}:{self.line}:{self.column}: {self.old} → {self.new}"
 
     def apply(self, source: str) -> str:
         return source[: self.start] + self.new + source[self.stop :]
@@ -97,7 +98,7 @@ def changes(file: str, source: str) -> list[Change]:
     made = []
     for node, new in _walk(ast.parse(source)):
         start, stop = offset(node.lineno, node.col_offset), offset(node.end_lineno or 0, node.end_col_offset or 0)
-        made.append(Change(file, node.lineno, start, stop, source[start:stop], new))
+        made.append(Change(file, node.lineno, node.col_offset + 1, start, stop, source[start:stop], new))
     return made
 
 

@@ -23,7 +23,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "nemo_dpo/parallel/vocab_logps.py": ("tests/logprobs/test_vocab_logps.py", "tests/logprobs/test_vocab_ranks.py"),
     "nemo_dpo/parallel/engine.py": SPINE,
     "nemo_dpo/parallel/response.py": SPINE,
-    "nemo_dpo/parallel/groups.py": SPINE,
+    "nemo_dpo/parallel/groups.py": ("tests/parallel/test_stages.py", *SPINE),
     "nemo_dpo/parallel/collective.py": ("tests/parallel/test_collective.py", *COMMANDS),
     "nemo_dpo/reference/frozen.py": ("tests/reference", *COMMANDS),
 }

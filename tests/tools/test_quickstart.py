@@ -14,11 +14,10 @@ from tools import quickstart
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 TINY = ("trainer.precision=32", "trainer.dpo.max_steps=2", "trainer.dpo.limit_val_batches=1")
-# Three steps of 16 pairs at twice the rate, 36 pairs to validate, nothing written that is not looked at.
+# Three steps of 16 pairs at the full rate, 32 pairs to validate, nothing written that is not looked at.
 SHORT = (
     "trainer.dpo.max_steps=3",
     "trainer.dpo.val_check_interval=3",
-    "model.optim.lr=2e-5",
     "model.optim.sched.warmup_steps=0",
     "model.optim.sched.name=constant",
     "trainer.dpo.limit_val_batches=2",

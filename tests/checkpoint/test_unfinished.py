@@ -1,0 +1,34 @@
+"""What counts as a checkpoint among the folders that saves, kills and clean-ups leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nemo_dpo.checkpoint.sharded import complete_checkpoints, remove_unfinished
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    folder.mkdir()
+    (folder / "progress.json").write_text(json.dumps({"step": step, "layout": {}}), encoding="utf-8")
+    return folder
+
+
+def test_complete_checkpoints_by_step_and_nothing_else(tmp_path: Path) -> None:
+    """A save that was killed just before its rename has left everything, under the temporary name."""
+    newest, older = checkpoint(tmp_path / "a-step=10", 10), checkpoint(tmp_path / "b-step=9", 9)
+    checkpoint(tmp_path / "c-step=11.unfinished", 11)
+    (tmp_path / "last").symlink_to(newest.name)
+    (tmp_path / "d-step=12").mkdir()
+    (tmp_path / "model.nemo").touch()
+    assert complete_checkpoints(tmp_path) == [older, newest]
+
+
+def test_what_is_unfinished_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept, left = checkpoint(tmp_path / "a-step=10", 10), checkpoint(tmp_path / "c-step=11.unfinished", 11)
+    assert remove_unfinished(tmp_path) == [left]
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_no_folder_no_checkpoint(tmp_path: Path) -> None:
+    assert complete_checkpoints(tmp_path / "checkpoints") == remove_unfinished(tmp_path / "checkpoints") == []
