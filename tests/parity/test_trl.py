@@ -2,7 +2,7 @@
 
 The figures lie beside the repository in ../shared/data/oracle, with a description of how they were made, or where
 NEMO_DPO_SHARED says. The model is converted from the package that ships it and kept in pytest's cache;
-NEMO_DPO_SMOLLM2_NEMO names a `.nemo` converted before. Four runs of one to six minutes; a rank takes up to 8 GB of memory.
+NEMO_DPO_SMOLLM2_NEMO names a `.nemo` converted before. Four runs of one to six minutes; a rank takes up to 8 GB.
 """
 
 from __future__ import annotations
