@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,8 @@ def _set_up_logging(rank: int) -> None:
     """Messages of this package on stderr, from rank 0 alone; warnings of the others' packages."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s", force=True)
     logging.getLogger("nemo_dpo").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    # megatron-core says so at each import, six times; the run logs which layers it uses.
+    warnings.filterwarnings("ignore", message=".*Apex.* not installed")
 
 
 def present_ranks(env: Mapping[str, str]) -> Ranks | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nemo_dpo.training.run_log import read_metrics
 
+STYLES: dict[str, dict[str, Any]] = {"train": {"alpha": 0.4, "linewidth": 1}, "val": {"marker": "o", "markersize": 4}}
+COLOURS = ("tab:blue", "tab:red")
 PANELS = {
     "loss": ("loss",),
     "accuracy": ("acc",),
@@ -20,17 +23,19 @@ def plot_metrics(source: Path, target: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     rows = read_metrics(source)
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
-        for name in names:
-            for split, style in (("train", {"alpha": 0.5, "linewidth": 1}), ("val", {"marker": "o", "markersize": 4})):
+        for name, colour in zip(names, COLOURS, strict=False):
+            for split, style in STYLES.items():
                 points = [(row["step"], row[f"{split}/{name}"]) for row in rows if f"{split}/{name}" in row]
                 if points:
-                    axis.plot(*zip(*points, strict=True), label=f"{split} {name}", **style)
+                    axis.plot(*zip(*points, strict=True), label=f"{split} {name}", color=colour, **style)
         axis.set_title(title)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(target, dpi=120)

@@ -97,10 +97,11 @@ class Workspace:
         arguments = [f"--basetemp={self.folder / 'tmp' / 'pytest'}", *tests]
         process = _context.Process(target=child.main, args=(self.folder, module, arguments))
         process.start()
+        assert process.pid, "killing group 0 would kill this process"
         process.join(timeout)
         stopped = process.is_alive()
         with contextlib.suppress(ProcessLookupError):  # also what it started and did not wait for
-            os.killpg(process.ident or 0, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
         if stopped:
             return {}
@@ -140,19 +141,24 @@ class Laboratory:
             self._workspaces.put(Workspace(self.snapshot, folder / str(number)))
         self._threads = ThreadPoolExecutor(WORKERS)
         self._seconds: dict[str, float] = {}
+        self._green: set[str] = set()
 
     def check_green(self, tests: Sequence[str]) -> None:
-        """Run `tests` without a mutant; what fails now could not convict one."""
+        """Run `tests` without a mutant, once each; what fails now could not convict one."""
+        new = list(dict.fromkeys(test for test in tests if test not in self._green))
+        if not new:
+            return
         workspace = self._workspaces.get()
         try:
-            report = workspace.run_tests("nemo_dpo", tests, BASELINE_SECONDS)
+            report = workspace.run_tests("nemo_dpo", new, BASELINE_SECONDS)
             output = (workspace.folder / "output.txt").read_text(encoding="utf-8")
         finally:
             self._workspaces.put(workspace)
         assert report and not report["failures"], f"without any mutant:\n{output[-6000:]}"
-        self._seconds = report["passed"]
-        idle = [test for test in tests if not self._runs(test)]
+        self._seconds |= report["passed"]
+        idle = [test for test in new if not self._runs(test)]
         assert not idle, f"not run, or skipped: {idle}"
+        self._green.update(new)
 
     def _runs(self, test: str) -> list[float]:
         """Seconds of each passed test that a node id (of a test, a file or a folder) stands for."""

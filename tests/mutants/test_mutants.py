@@ -42,25 +42,24 @@ def laboratory() -> Iterator[Laboratory]:
     with tempfile.TemporaryDirectory(prefix="mutants") as folder:
         lab = Laboratory(Path(folder))
         try:
-            named, suites = (
-                [mutation.test for mutation in MUTATIONS],
-                [test for suite in SUITES.values() for test in suite],
-            )
-            lab.check_green(tuple(dict.fromkeys([*named, *suites, TRIAL_TEST])))
             yield lab
         finally:
             lab.close()
 
 
 @pytest.fixture(scope="module")
-def named(laboratory: Laboratory) -> dict[str, Future[Outcome]]:
-    """By name; all are waiting for a worker from the start."""
-    return {mutation.name: laboratory.submit(mutation.apply(laboratory.snapshot)) for mutation in MUTATIONS}
+def named(laboratory: Laboratory, request: pytest.FixtureRequest) -> dict[str, Future[Outcome]]:
+    """Those that are to be tried, by name; all wait for a worker from the start."""
+    wanted = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    mutations = [mutation for mutation in MUTATIONS if mutation.name in wanted]
+    laboratory.check_green([mutation.test for mutation in mutations])
+    return {mutation.name: laboratory.submit(mutation.apply(laboratory.snapshot)) for mutation in mutations}
 
 
 @pytest.mark.parametrize("trial", TRIALS)
 def test_the_runner_tells_verdicts_apart(laboratory: Laboratory, trial: str) -> None:
     addition, verdict = TRIALS[trial]
+    laboratory.check_green([TRIAL_TEST])
     source = (laboratory.snapshot / TRIAL_FILE).read_text(encoding="utf-8") + "\n\n" + addition
     outcome = laboratory.submit(Mutant(trial, TRIAL_FILE, source, (TRIAL_TEST,)), patience=20).result()
     assert outcome.verdict is verdict, outcome.detail
@@ -79,6 +78,7 @@ def test_a_named_mutation_is_caught(
 def test_operator_mutants_are_killed(laboratory: Laboratory, capsys: pytest.CaptureFixture[str]) -> None:
     """By a failed assertion, or because something did not end; a mere exception in a test is not enough."""
     mutants = operators.sample(laboratory.snapshot, SUITES)
+    laboratory.check_green([test for suite in SUITES.values() for test in suite])
     outcomes = [future.result() for future in [laboratory.submit(mutant) for mutant in mutants]]
     verdicts = Counter(outcome.verdict for outcome in outcomes)
     others = [outcome for outcome in outcomes if outcome.verdict is not Verdict.CAUGHT]
