@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,9 +93,11 @@ class Cadence(Callback):
     def _validate(self, trainer: Trainer, module: PreferenceModule) -> None:
         if self._validation is None:
             return
+        start = time.perf_counter()
         metrics = module.evaluate(self._validation, self._validation_references)
+        seconds = time.perf_counter() - start
         self._latest = {f"val_{name}": value for name, value in metrics.items()}
-        self._log(trainer, "val", metrics, trainer.global_step)
+        self._log(trainer, "val", {**metrics, "validation_step_time": seconds}, trainer.global_step)
         logger.info("step %d: val loss %.4f, acc %.3f", trainer.global_step, metrics["loss"], metrics["acc"])
 
     @staticmethod

@@ -11,7 +11,7 @@ from nemo_dpo.convert import hf_to_nemo
 from tests.support.tiny import write_hf_model, write_pairs
 
 # Batches of 8, 8, 8 and 1: in the last one all data-parallel ranks but one, and all micro-batches but one, are empty.
-TRAIN_PAIRS, VALIDATION_PAIRS, GLOBAL_BATCH = 25, 7, 8
+TRAIN_PAIRS, VALIDATION_PAIRS, GLOBAL_BATCH = 27, 7, 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Inputs:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """A random Llama of four layers in fp32 as a `.nemo`, 25 pairs to train on and 7 to validate on."""
+    """A random Llama of four layers in fp32 as a `.nemo`, 27 pairs to train on and 7 to validate on."""
     folder = tmp_path_factory.mktemp("inputs")
     nemo = folder / "tiny.nemo"
     hf_to_nemo(write_hf_model(folder / "hf"), nemo, precision="32")
