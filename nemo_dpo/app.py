@@ -25,9 +25,10 @@ from nemo_dpo.config import Config, ConfigError
 from nemo_dpo.losses import build_objective
 from nemo_dpo.model.architecture import Architecture
 from nemo_dpo.model.build import BuildOptions, build_model, has_transformer_engine
+from nemo_dpo.model.gpt import ResponseGPT
 from nemo_dpo.parallel import cpu_host
 from nemo_dpo.parallel.collective import agree, on_rank_zero
-from nemo_dpo.parallel.engine import Engine
+from nemo_dpo.parallel.engine import Engine, weights_swapped
 from nemo_dpo.parallel.groups import Groups, Layout, initialize
 from nemo_dpo.reference.frozen import FrozenReference
 from nemo_dpo.tokenizer import load_tokenizer
@@ -108,14 +109,27 @@ def layout_of(cfg: Config, world: int) -> Layout:
 def build_engine(cfg: Config, model_config: Mapping[str, Any], folder: Path, groups: Groups) -> Engine:
     """The model of the extracted archive `folder` under this run's layout, with its optimizer."""
     chunks, transformer = build_model(Architecture.parse(model_config), groups, build_options(cfg, model_config))
-    sharded.load_weights(folder / archive.MODEL_WEIGHTS, chunks)
+    exact = _load_exact(folder / archive.MODEL_WEIGHTS, chunks)
     engine = Engine(chunks, transformer, groups, cfg.model.optim)
+    engine.refine_masters(exact)
     logger.info(
         "model: %.1f M parameters on this rank; %s",
         sum(p.numel() for c in chunks for p in c.parameters()) / 1e6,
         groups.layout,
     )
     return engine
+
+
+def _load_exact(weights: Path, chunks: list[ResponseGPT]) -> list[list[torch.Tensor]]:
+    """Fill the chunks; returns the same weights in fp32, for a model in bf16 the unrounded ones."""
+    exact = [[p.detach().to(torch.float32) for p in chunk.parameters()] for chunk in chunks]
+    with weights_swapped(chunks, exact):
+        sharded.load_weights(weights, chunks)
+    with torch.no_grad():
+        for chunk, tensors in zip(chunks, exact, strict=True):
+            for parameter, tensor in zip(chunk.parameters(), tensors, strict=True):
+                parameter.copy_(tensor)
+    return exact
 
 
 def build_options(cfg: Config, model_config: Mapping[str, Any]) -> BuildOptions:

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"  # what a person, and the search for the newest checkpoint, may read without torch
 UNFINISHED = ".unfinished"
+REPLACED = ".replaced"  # a checkpoint that makes room for its successor, between two renames
 
 
 def save(folder: Path, engine: Engine, trainer_state: dict[str, Any], progress: dict[str, Any]) -> None:
@@ -130,13 +131,18 @@ def complete_checkpoints(root: Path) -> list[Path]:
     folders = [
         f
         for f in root.iterdir()
-        if f.is_dir() and not f.is_symlink() and f.suffix != UNFINISHED and (f / PROGRESS).is_file()
+        if f.is_dir() and not f.is_symlink() and f.suffix not in (UNFINISHED, REPLACED) and (f / PROGRESS).is_file()
     ]
     return sorted(folders, key=lambda folder: (read_progress(folder)["step"], folder.name))
 
 
 def remove_unfinished(root: Path) -> list[Path]:
-    """Delete what an interrupted save left in `root`; returns what was there."""
+    """Delete what an interrupted save left in `root`, put back what it was about to replace; returns what it left."""
+    for old in root.glob("*" + REPLACED):
+        if old.with_suffix("").exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, old.with_suffix(""))
     left = [f for f in root.iterdir() if f.suffix == UNFINISHED] if root.is_dir() else []
     for folder in left:
         shutil.rmtree(folder)
@@ -166,7 +172,7 @@ def _commit(unfinished: Path, folder: Path) -> None:
     for path in [*unfinished.rglob("*"), unfinished]:
         sync_folder(path)
     if folder.exists():  # the run was started again from an earlier step
-        old = folder.with_name(folder.name + ".replaced" + UNFINISHED)
+        old = folder.with_name(folder.name + REPLACED)
         os.replace(folder, old)
         os.replace(unfinished, folder)
         shutil.rmtree(old)

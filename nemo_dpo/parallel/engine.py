@@ -130,6 +130,15 @@ class Engine:
                 mcore_repairs.fill_state(part)
         return self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=CHECKPOINT_LAYOUT)
 
+    def refine_masters(self, weights: Sequence[Sequence[Tensor]]) -> None:
+        """Start the optimizer's fp32 master copies from `weights`, of which the parameters are a rounded copy.
+
+        Masters made from bf16 parameters all start half a rounding step away from any change, so that the first
+        updates of a small learning rate are lost; the parameters themselves stay as they are.
+        """
+        with weights_swapped(self.chunks, weights):
+            self.optimizer.reload_model_params()
+
     def load_weights(self, state: dict[str, Any]) -> None:
         """Take over what `sharded_weights` named, once it is filled."""
         for n, chunk in enumerate(self.chunks):
@@ -153,6 +162,24 @@ def evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def weights_swapped(chunks: Sequence[nn.Module], weights: Sequence[Sequence[Tensor]]) -> Iterator[None]:
+    """The parameters of `chunks` point at `weights` inside, at their own storage again afterwards; no copies."""
+    own = [[p.data for p in chunk.parameters()] for chunk in chunks]
+    try:
+        _point(chunks, weights)
+        yield
+    finally:
+        _point(chunks, own)
+
+
+def _point(chunks: Sequence[nn.Module], storages: Sequence[Sequence[Tensor]]) -> None:
+    with torch.no_grad():
+        for chunk, tensors in zip(chunks, storages, strict=True):
+            for parameter, tensor in zip(chunk.parameters(), tensors, strict=True):
+                parameter.data = tensor
 
 
 def is_distributed(optim: OptimConfig) -> bool:

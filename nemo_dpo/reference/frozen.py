@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_dpo.data.batch import GlobalBatch
-from nemo_dpo.parallel.engine import Engine
+from nemo_dpo.parallel.engine import Engine, weights_swapped
 from nemo_dpo.parallel.response import collect_logps
 
 
@@ -39,21 +36,3 @@ class FrozenReference:
         """See `Reference.logps`."""
         with weights_swapped(self._engine.chunks, self._weights):
             return self._engine.forward_only(batch.micro_batches, collect_logps)
-
-
-@contextlib.contextmanager
-def weights_swapped(chunks: Sequence[nn.Module], weights: Sequence[Sequence[Tensor]]) -> Iterator[None]:
-    """The parameters of `chunks` point at `weights` inside, at their own storage again afterwards; no copies."""
-    own = [[p.data for p in chunk.parameters()] for chunk in chunks]
-    try:
-        _point(chunks, weights)
-        yield
-    finally:
-        _point(chunks, own)
-
-
-def _point(chunks: Sequence[nn.Module], storages: Sequence[Sequence[Tensor]]) -> None:
-    with torch.no_grad():
-        for chunk, tensors in zip(chunks, storages, strict=True):
-            for parameter, tensor in zip(chunk.parameters(), tensors, strict=True):
-                parameter.data = tensor

@@ -30,5 +30,16 @@ def test_what_is_unfinished_is_removed_and_nothing_else(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [kept]
 
 
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path: Path) -> None:
+    """A save to the name of an earlier checkpoint sets that aside first."""
+    kept = checkpoint(tmp_path / "a-val_loss=0.5-step=10.replaced", 10)
+    checkpoint(tmp_path / "a-val_loss=0.5-step=10.unfinished", 10)
+    done = checkpoint(tmp_path / "b-step=11", 11)
+    checkpoint(tmp_path / "b-step=11.replaced", 11)
+    assert complete_checkpoints(tmp_path) == [done]
+    remove_unfinished(tmp_path)
+    assert complete_checkpoints(tmp_path) == [kept.with_suffix(""), done] == sorted(tmp_path.iterdir())
+
+
 def test_no_folder_no_checkpoint(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path / "checkpoints") == remove_unfinished(tmp_path / "checkpoints") == []

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_dpo.checkpoint.archive import MODEL_WEIGHTS
+from nemo_dpo.checkpoint.weights import read_weights
 from nemo_dpo.config.schema import OptimConfig
 from tests.model.model_cases import make_case
-from tests.parallel.update_cases import clipped_updates, update_on_nan
+from tests.parallel.update_cases import clipped_updates, masters_at_start, update_on_nan
 from tests.support.ranks import run_ranks
 
 LEARNING_RATE = 0.1  # of the SGD that tests.model.model_cases.build gives
@@ -53,3 +55,18 @@ def test_every_key_of_the_optimizer_arrives(name: str, optimizer: str, distribut
     assert (made.lr, made.weight_decay, made.adam_beta1, made.adam_beta2) == (0.25, 0.5, 0.75, 0.875)
     assert (made.adam_eps, made.sgd_momentum) == (0.125, 0.625)
     assert (made.bf16, made.params_dtype, made.clip_grad) == (True, torch.bfloat16, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("world", "optimizer"), [(1, "adam"), (1, "mcore_distributed_optim"), (2, "mcore_distributed_optim")]
+)
+def test_masters_are_the_checkpoints_weights_and_not_rounded_ones(
+    world: int, optimizer: str, nemo: Path, tmp_path: Path
+) -> None:
+    ranks = run_ranks(world, masters_at_start, tmp_path, nemo, world, optimizer)
+    stored = read_weights(nemo / MODEL_WEIGHTS)
+    exact = torch.cat([stored[name].flatten() for name in stored]).sort().values
+    assert torch.equal(torch.cat([found["masters"] for found in ranks]).sort().values, exact)
+    for found in ranks:
+        assert torch.equal(found["parameters"], exact.bfloat16().sort().values)
+    assert not torch.equal(exact, exact.bfloat16().float())

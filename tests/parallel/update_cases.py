@@ -62,3 +62,27 @@ def update_on_nan(_rank: int, nemo: Path) -> tuple[str, bool]:
     except FloatingPointError as error:
         return str(error), torch.equal(_weights(engine), start)
     return "", False
+
+
+def masters_at_start(_rank: int, nemo: Path, world: int, optimizer: str) -> dict[str, Tensor]:
+    """A bf16 run's parameters and the masters that this rank's optimizer holds, each in one sorted row."""
+    from nemo_dpo.app import build_engine, layout_of
+    from nemo_dpo.checkpoint import archive
+    from nemo_dpo.config.schema import Config, ModelConfig, OptimConfig, TrainerConfig
+    from nemo_dpo.parallel import cpu_host
+    from nemo_dpo.parallel.groups import initialize
+
+    cpu_host.install()
+    cfg = Config(
+        trainer=TrainerConfig(precision="bf16", accelerator="cpu"),
+        model=ModelConfig(optim=OptimConfig(name=optimizer, lr=1e-6)),
+    )
+    groups = initialize(layout_of(cfg, world), torch.device("cpu"), seed=1)
+    engine = build_engine(cfg, archive.read_model_config(nemo), nemo, groups)
+    parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
+    masters = [p.main_param for p in parameters if p.main_param is not None]
+    return {"parameters": _sorted(parameters), "masters": _sorted(masters)}
+
+
+def _sorted(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors]).sort().values

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nemo_dpo.parallel.engine import evaluation
+from nemo_dpo.parallel.engine import evaluation, weights_swapped
 from nemo_dpo.parallel.groups import Layout
-from nemo_dpo.reference.frozen import weights_swapped
 from tests.model.model_cases import make_case
 from tests.reference.frozen_cases import train_beside_reference
 from tests.support.ranks import run_ranks
