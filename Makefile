@@ -1,8 +1,10 @@
-# `make help` lists the targets. Variables: VENV, PYTHON (3.11 or later), TORCH, PYTEST (arguments), ARGS (quickstart).
+# `make help` lists the targets. Variables: VENV, PYTHON (3.11 or later), TORCH, PYTEST (arguments); of the quickstart
+# PEFT (lora: an adapter in place of all weights) and ARGS.
 VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 PYTEST ?= tests
+PEFT   ?= none
 ARGS   ?=
 
 bin := $(VENV)/bin
@@ -25,8 +27,8 @@ $(stamp): setup.py constraints.txt
 	$(bin)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-quickstart: $(stamp)  ## a small real model: convert, train, plot, compare answers
-	$(bin)/python tools/quickstart.py $(ARGS)
+quickstart: $(stamp)  ## a small real model: convert, train, plot, compare answers; PEFT=lora
+	$(bin)/python tools/quickstart.py --peft $(PEFT) $(ARGS)
 
 test: lint unit  ## lint, types, import contracts, tests; PYTEST="tests/data -k name" chooses tests
 

@@ -35,7 +35,11 @@ REQUIRES = [
 ]
 
 EXTRAS = {
+    "qlora": ["bitsandbytes>=0.50"],  # model.peft.base_quantization=nf4
     "test": [
+        "bitsandbytes>=0.50",
+        "accelerate",
+        "peft>=0.18",
         "pytest",
         "pytest-timeout",
         "hypothesis",

@@ -10,6 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,49 +21,54 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from nemo.utils import logging as nemo_logging
 
-from nemo_dpo.checkpoint import CheckpointError, archive, sharded
+from nemo_dpo.checkpoint import archive, sharded
+from nemo_dpo.checkpoint.fingerprint import weights_hash
 from nemo_dpo.config import Config, ConfigError
+from nemo_dpo.lora.spec import POLICY
 from nemo_dpo.losses import build_objective
-from nemo_dpo.model.architecture import Architecture
+from nemo_dpo.model.architecture import Architecture, stated_vocab_size
 from nemo_dpo.model.build import BuildOptions, build_model, has_transformer_engine
 from nemo_dpo.model.gpt import ResponseGPT
 from nemo_dpo.parallel import cpu_host
 from nemo_dpo.parallel.collective import agree, on_rank_zero
 from nemo_dpo.parallel.engine import Engine, weights_swapped
 from nemo_dpo.parallel.groups import Groups, Layout, initialize
-from nemo_dpo.reference.frozen import FrozenReference
+from nemo_dpo.quantization.linear import quantize_
+from nemo_dpo.reference.adapter import AdapterReference
+from nemo_dpo.reference.cached import CachedReference, fill
+from nemo_dpo.reference.frozen import FrozenReference, Reference
 from nemo_dpo.tokenizer import load_tokenizer
 from nemo_dpo.training import run_log, signals
+from nemo_dpo.training.adapters import Adapted, adapt, export_adapter
 from nemo_dpo.training.cadence import Cadence, CheckpointKeeper, Rhythm
 from nemo_dpo.training.data import PairData
 from nemo_dpo.training.finish import export_nemo, finish, nemo_path
 from nemo_dpo.training.module import PreferenceModule
+from nemo_dpo.training.resume import announce_steering, check_fixed, checkpoint_to_resume, fixed_facts, steering
 from nemo_dpo.training.strategy import MegatronStrategy
 
 logger = logging.getLogger(__name__)
 
-REFERENCES = {"frozen": FrozenReference}
-
 
 def train(cfg: Config) -> int:
     """A DPO run from its start, or from its newest checkpoint, to its end; returns the exit status."""
-    log_dir = run_log.log_dir_of(cfg.exp_manager)
     with process_group(cfg) as groups:
         _quieten_libraries()
+        log_dir = on_rank_zero(lambda: run_log.log_dir_of(cfg.exp_manager))  # it may ask the clock
         on_rank_zero(lambda: run_log.check_wandb(cfg.exp_manager))
-        resume = on_rank_zero(lambda: _checkpoint_to_resume(cfg, log_dir))
-        on_rank_zero(lambda: run_log.save_run_facts(cfg, log_dir))
-        with _extracted(Path(str(cfg.pretrained_checkpoint.restore_from_path))) as folder:
-            model_config = archive.read_model_config(folder)
-            tokenizer = load_tokenizer(model_config["tokenizer"], folder)
-            data = PairData.prepare(cfg, model_config, tokenizer, log_dir, groups)
-            engine = build_engine(cfg, model_config, folder, groups)
-            module, trainer, cadence = _build_trainer(cfg, log_dir, folder, engine, data, resume)
+        resume = on_rank_zero(lambda: checkpoint_to_resume(cfg.exp_manager, log_dir / "checkpoints"))
+        with _started(cfg, log_dir, groups) as start:
+            facts = _facts(cfg, start)
+            first_step = _step_to_resume(resume, start, facts) if resume else 0
+            reference, data = build_reference(cfg, start), start.data
+            if reference is None:
+                return 0
+            module, trainer, cadence = _build_trainer(cfg, start, reference, facts, first_step)
             trainer.fit(
                 module, data.train_loader(lambda: trainer.global_step), ckpt_path=str(resume) if resume else None
             )
             if trainer.global_step >= data.max_steps:
-                finish(cfg, log_dir, folder, module, data)
+                finish(cfg, log_dir, module, data, start.export)
             else:
                 logger.warning(
                     "ended after step %d of %d (%s); start again to resume",
@@ -71,6 +77,55 @@ def train(cfg: Config) -> int:
                     cadence.stop_reason,
                 )
     return 0
+
+
+def cache_reference(cfg: Config) -> int:
+    """Compute what a run of kind `cached` would compute before it trains, and no more; returns the exit status."""
+    with process_group(cfg) as groups:
+        _quieten_libraries()
+        log_dir = on_rank_zero(lambda: run_log.log_dir_of(cfg.exp_manager))
+        with _started(cfg, log_dir, groups) as start:
+            cached_reference(cfg, start)
+    return 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run before its first step.
+
+    Attributes:
+        base: the extracted checkpoint.
+        weights: hash of its weights.
+        adapted: the adapter that is trained instead of the weights, with LoRA.
+    """
+
+    log_dir: Path
+    base: Path
+    weights: str
+    model_config: dict[str, Any]
+    data: PairData
+    engine: Engine
+    adapted: Adapted | None
+
+    def export(self, path: Path) -> Path:
+        """Write what is trained, as it is now, as a `.nemo`. Collective."""
+        if self.adapted:
+            return export_adapter(path, self.base, self.engine, self.adapted)
+        return export_nemo(path, self.base, self.engine)
+
+
+@contextmanager
+def _started(cfg: Config, log_dir: Path, groups: Groups) -> Iterator[Start]:
+    """The data, and the model with the checkpoint's weights."""
+    on_rank_zero(lambda: run_log.save_run_facts(cfg, log_dir))
+    with _extracted(Path(str(cfg.pretrained_checkpoint.restore_from_path))) as folder:
+        model_config = archive.read_model_config(folder)
+        tokenizer = load_tokenizer(model_config["tokenizer"], folder)
+        model_config["vocab_size"] = stated_vocab_size(model_config) or tokenizer.vocab_size
+        data = PairData.prepare(cfg, model_config, tokenizer, log_dir, groups)
+        weights = weights_hash(folder / archive.MODEL_WEIGHTS)
+        engine, adapted = build_engine(cfg, model_config, folder, weights, groups)
+        yield Start(log_dir, folder, weights, model_config, data, engine, adapted)
 
 
 @contextmanager
@@ -106,30 +161,45 @@ def layout_of(cfg: Config, world: int) -> Layout:
     )
 
 
-def build_engine(cfg: Config, model_config: Mapping[str, Any], folder: Path, groups: Groups) -> Engine:
-    """The model of the extracted archive `folder` under this run's layout, with its optimizer."""
-    chunks, transformer = build_model(Architecture.parse(model_config), groups, build_options(cfg, model_config))
-    exact = _load_exact(folder / archive.MODEL_WEIGHTS, chunks)
+def build_engine(
+    cfg: Config, model_config: Mapping[str, Any], folder: Path, weights: str, groups: Groups
+) -> tuple[Engine, Adapted | None]:
+    """The model of the extracted archive `folder` under this run's layout, with its adapters and its optimizer.
+
+    Args:
+        weights: hash of the archive's weights.
+    """
+    arch, peft = Architecture.parse(model_config), cfg.model.peft
+    chunks, transformer = build_model(arch, groups, build_options(cfg, model_config))
+    adapted = None
+    if peft.lora:
+        sharded.load_weights(folder / archive.MODEL_WEIGHTS, chunks)
+        if peft.base_quantization:
+            quantize_(chunks)
+        adapted = adapt(chunks, peft, arch.dimensions, weights, cfg.model.seed)
+        parameters, exact = adapted.parameters, adapted.exact
+    else:
+        parameters, exact = _load_exact(folder / archive.MODEL_WEIGHTS, chunks)
     engine = Engine(chunks, transformer, groups, cfg.model.optim)
-    engine.refine_masters(exact)
+    engine.refine_masters(parameters, exact)
     logger.info(
-        "model: %.1f M parameters on this rank; %s",
+        "model: %.1f M parameters on this rank, %.1f M of them trained; %s",
         sum(p.numel() for c in chunks for p in c.parameters()) / 1e6,
+        sum(p.numel() for p in engine.trainable) / 1e6,
         groups.layout,
     )
-    return engine
+    return engine, adapted
 
 
-def _load_exact(weights: Path, chunks: list[ResponseGPT]) -> list[list[torch.Tensor]]:
-    """Fill the chunks; returns the same weights in fp32, for a model in bf16 the unrounded ones."""
-    exact = [[p.detach().to(torch.float32) for p in chunk.parameters()] for chunk in chunks]
-    with weights_swapped(chunks, exact):
+def _load_exact(weights: Path, chunks: list[ResponseGPT]) -> tuple[list[torch.nn.Parameter], list[torch.Tensor]]:
+    """Fill the chunks; returns their parameters and the same weights in fp32: of a model in bf16 the unrounded ones."""
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    exact = [p.detach().to(torch.float32) for p in parameters]
+    with weights_swapped(parameters, exact):
         sharded.load_weights(weights, chunks)
-    with torch.no_grad():
-        for chunk, tensors in zip(chunks, exact, strict=True):
-            for parameter, tensor in zip(chunk.parameters(), tensors, strict=True):
-                parameter.copy_(tensor)
-    return exact
+    for parameter, tensor in zip(parameters, exact, strict=True):
+        parameter.data.copy_(tensor)
+    return parameters, exact
 
 
 def build_options(cfg: Config, model_config: Mapping[str, Any]) -> BuildOptions:
@@ -143,7 +213,7 @@ def build_options(cfg: Config, model_config: Mapping[str, Any]) -> BuildOptions:
     granularity, method, num_layers = recompute_options(cfg, model_config)
     return BuildOptions(
         dtype=torch.bfloat16 if cfg.trainer.bf16 else torch.float32,
-        transformer_engine=has_transformer_engine() if wanted is None else wanted,
+        transformer_engine=has_transformer_engine() and not model.peft.lora if wanted is None else wanted,
         recompute_granularity=granularity,
         recompute_method=method,
         recompute_num_layers=num_layers,
@@ -164,17 +234,81 @@ def recompute_options(cfg: Config, model_config: Mapping[str, Any]) -> tuple[str
     return (granularity if granularity == "selective" else None), None, None
 
 
+def build_reference(cfg: Config, start: Start) -> Reference | None:
+    """The reference policy, of what the engine holds before any update; None if the run was asked to stop meanwhile."""
+    kind = cfg.model.reference_kind
+    if kind.startswith("cached:"):
+        return cached_reference(cfg, start)
+    return FrozenReference(start.engine) if kind == "frozen" else AdapterReference(start.engine, _adapter_of(kind))
+
+
+def _adapter_of(kind: str) -> str | None:
+    """The adapter that is active at the start of a run for the log-probs of a reference kind."""
+    return {"frozen": POLICY, "adapter_off": None}.get(kind, kind.removeprefix("adapter:"))
+
+
+def cached_reference(cfg: Config, start: Start) -> CachedReference | None:
+    """The log-probs of the model as it is now, by forward passes where they are not on disk yet. Collective."""
+    engine, adapter = start.engine, _adapter_of(cfg.model.reference_kind.removeprefix("cached:"))
+    folder = Path(cfg.model.dpo.reference.cache_dir or start.log_dir / "reference_cache").absolute()
+    shape = asdict(Architecture.parse(start.model_config))
+    key = {
+        "weights": start.weights,
+        "base_quantization": _quantization(cfg),
+        "adapter": str(start.adapted and start.adapted.hashes.get(adapter or "")),
+        "precision": "bf16" if cfg.trainer.bf16 else "fp32",
+        "architecture": {name: value for name, value in shape.items() if not name.endswith("dropout")},  # off here
+    }
+    reference = fill(
+        folder,
+        key,
+        start.data.pairs(),
+        AdapterReference(engine, adapter).logps,
+        engine.groups,
+        pairs_per_pass=cfg.model.global_batch_size,
+        stop=signals.noted,
+    )
+    if reference is None:
+        logger.warning("stopped while reference log-probs were computed; start again to go on with the rest")
+    return reference
+
+
+def _quantization(cfg: Config) -> str:
+    """The base's, by what its values depend on: ranks pack their shares of a weight by themselves."""
+    kind = cfg.model.peft.base_quantization
+    return f"{kind} at tensor parallel size {cfg.model.tensor_model_parallel_size}" if kind else "none"
+
+
+def _facts(cfg: Config, start: Start) -> dict[str, Any]:
+    """What a checkpoint records of its run, beside where it is."""
+    return {
+        "layout": sharded.layout_of(start.engine),
+        "fixed": fixed_facts(
+            cfg, start.weights, {**start.data.facts, **(start.adapted.facts if start.adapted else {})}
+        ),
+        "steering": steering(cfg, start.data.max_steps),
+    }
+
+
+def _step_to_resume(checkpoint: Path, start: Start, facts: Mapping[str, Any]) -> int:
+    """The step of `checkpoint`, if it was written by a run that this start may go on with."""
+    progress = sharded.read_progress(checkpoint)
+    check_fixed(progress, facts["fixed"])
+    announce_steering(progress, facts["steering"])
+    return int(progress["step"])
+
+
 def _build_trainer(
-    cfg: Config, log_dir: Path, base: Path, engine: Engine, data: PairData, resume: Path | None
+    cfg: Config, start: Start, reference: Reference, facts: Mapping[str, Any], first_step: int
 ) -> tuple[PreferenceModule, pl.Trainer, Cadence]:
-    progress = sharded.read_progress(resume) if resume else {"step": 0}
-    data.check_unchanged(progress)
+    log_dir, engine, data = start.log_dir, start.engine, start.data
     module = PreferenceModule(
         engine,
-        REFERENCES[cfg.model.dpo.reference.kind](engine),
+        reference,
         build_objective(cfg.model.dpo),
         cfg.model.optim,
         clip_grad=cfg.trainer.dpo.gradient_clip_val,
+        first_step=first_step,
         max_steps=data.max_steps,
     )
     params = cfg.exp_manager.checkpoint_callback_params
@@ -187,9 +321,9 @@ def _build_trainer(
         sampler=data.sampler,
     )
     limit = signals.TimeLimit(cfg.exp_manager.max_time_per_run)
-    export = partial(export_nemo, nemo_path(cfg, log_dir), base) if params.always_save_nemo else None
+    export = partial(start.export, nemo_path(cfg, log_dir)) if params.always_save_nemo else None
     cadence = Cadence(rhythm, data.batches("validation"), keeper, limit, after_save=export)
-    module.progress = lambda: {**data.progress(module.trainer.global_step), "layout": sharded.layout_of(engine)}
+    module.progress = lambda: {**data.position(module.trainer.global_step), **facts}
     trainer = pl.Trainer(
         accelerator="cpu" if engine.groups.device.type == "cpu" else "gpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
@@ -209,29 +343,8 @@ def _build_trainer(
     )
     # Lightning turns SIGTERM into exit status 0 without a checkpoint; `signals` notes it and `Cadence` acts on it.
     trainer._signal_connector.register_signal_handlers = lambda: None
-    run_log.attach_loggers(trainer, cfg.exp_manager, log_dir, progress["step"])
+    run_log.attach_loggers(trainer, cfg.exp_manager, log_dir, first_step)
     return module, trainer, cadence
-
-
-def _checkpoint_to_resume(cfg: Config, log_dir: Path) -> Path | None:
-    manager = cfg.exp_manager
-    if manager.resume_from_checkpoint is not None:
-        folder = Path(manager.resume_from_checkpoint)
-        sharded.read_progress(folder)
-        return folder
-    for left in sharded.remove_unfinished(log_dir / "checkpoints"):
-        logger.warning("removed %s, left by an interrupted save", left)
-    for half in (log_dir / "checkpoints").glob(".*.nemo.*.tmp"):  # archive.write_archive's name
-        half.unlink()
-    found = sharded.complete_checkpoints(log_dir / "checkpoints") if manager.resume_if_exists else []
-    if not found and manager.resume_if_exists and not manager.resume_ignore_no_checkpoint:
-        raise CheckpointError(
-            f"{log_dir / 'checkpoints'} holds no checkpoint and exp_manager.resume_ignore_no_checkpoint=false; "
-            "set it to true to start afresh"
-        )
-    if found:
-        logger.info("resuming from %s", found[-1])
-    return found[-1] if found else None
 
 
 @contextmanager

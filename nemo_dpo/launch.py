@@ -11,6 +11,7 @@ import ctypes
 import errno
 import importlib
 import importlib.util
+import itertools
 import logging
 import os
 import signal
@@ -23,13 +24,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_dpo.checkpoint import CheckpointError
+from nemo_dpo.checkpoint import CheckpointError, SaveError
 from nemo_dpo.checkpoint.archive import read_model_config
-from nemo_dpo.config import Config, ConfigError, check, check_layout, check_model, load_config, parse_cli, show_config
+from nemo_dpo.config import (
+    Config,
+    ConfigError,
+    check,
+    check_layout,
+    check_model,
+    layout_notice,
+    load_config,
+    parse_cli,
+    show_config,
+)
 from nemo_dpo.data import DataError
 from nemo_dpo.model.architecture import Architecture, ArchitectureError
 from nemo_dpo.tokenizer import TokenizerError
 from nemo_dpo.training import signals
+from nemo_dpo.training.board import Board
+
+logger = logging.getLogger(__name__)
 
 REFUSALS = (ConfigError, DataError, CheckpointError, ArchitectureError, TokenizerError)
 HOST_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -53,7 +67,8 @@ class Ranks:
 def main(config_dir: Path, config_name: str, job: str, argv: Sequence[str]) -> int:
     """Run `job` (a function of nemo_dpo.app) with the configuration that `argv` describes; returns the exit status.
 
-    0: it ended or was asked to stop; 1: it failed; 2: refused, with one line that says what to change; 130: Ctrl-C.
+    0: it ended or was asked to stop; 1: it failed; 2: refused, with one line that says what to change; 130: Ctrl-C;
+    128 + the signal: a rank was killed.
     """
     signals.note_signals()
     return _guarded(lambda: _launch(config_dir, config_name, job, argv))
@@ -74,18 +89,22 @@ def _launch(config_dir: Path, config_name: str, job: str, argv: Sequence[str]) -
     world = check_ranks(cfg, present, local_devices(cfg, accelerators()))
     check_layout(cfg, world)
     model_config = read_model_config(Path(str(cfg.pretrained_checkpoint.restore_from_path)))
-    Architecture.parse(model_config)
+    # Where the vocabulary's size is left to the tokenizer, which is not read yet, any size will do here.
+    Architecture.parse(model_config, tokenizer_vocab_size=1)
     check_model(cfg, model_config)
+    if notice := layout_notice(cfg, model_config):
+        logger.info("%s", notice)
     if present is None and world > 1:
         return _fork_ranks(world, lambda: _run(job, cfg), preload=None if accelerators() else "nemo_dpo.app")
     _export(present or _alone(0, 1))
-    return _run(job, cfg)
+    return _as_rank(lambda: _run(job, cfg)) if present else _run(job, cfg)
 
 
 def _run(job: str, cfg: Config) -> int:
     if cfg.model.deterministic:
         _ask_for_determinism()
     app = importlib.import_module("nemo_dpo.app")
+    check_torch(cfg, accelerators())
     return int(getattr(app, job)(cfg))
 
 
@@ -95,28 +114,45 @@ def _ask_for_determinism() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def _guarded(run: Callable[[], int]) -> int:
-    """The exit status of `run`. A failure that one line explains costs one line; any other keeps its traceback."""
+def _as_rank(run: Callable[[], int]) -> int:
+    """`run` as one of the ranks of this host, which have the same parent: what several of them report is said once."""
+    with Board(f"{os.getppid()}_{os.environ['MASTER_PORT']}") as board:
+        return _guarded(run, board.is_news)
+
+
+def _first_of_host(_text: str) -> bool:
+    # Before the run the ranks of one host read the same configuration and files, and refuse them alike.
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
+def _guarded(run: Callable[[], int], speaks: Callable[[str], bool] = _first_of_host) -> int:
+    """The exit status of `run`. A failure that one line explains costs one line; any other keeps its traceback.
+
+    Args:
+        speaks: whether this process is the one to write a text.
+    """
     try:
         return run()
+    except SaveError as error:
+        text, status = str(error), 1
     except REFUSALS as error:
-        return _report(str(error), 2)
+        text, status = str(error), 2
     except FloatingPointError as error:
-        return _report(f"{error}. Look at the data of this step or lower model.optim.lr; a new start resumes", 1)
+        text, status = f"{error}. Look at the data of this step or lower model.optim.lr; a new start resumes", 1
     except OSError as error:
         if error.errno not in HOST_FAULTS:
             raise
-        return _report(str(error), 1)
+        text, status = str(error), 1
     except signals.Interrupted:
-        return _report("interrupted; a new start goes on from the last checkpoint", 130)
-
-
-def _report(text: str, status: int) -> int:
-    # One rank of each host speaks: hosts may differ in the files that they see, the ranks of one do not.
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-        sys.stderr.write(f"error: {text}\n")
-        sys.stderr.flush()
+        text, status = "interrupted; a new start goes on from the last checkpoint", 130
+    if speaks(text):
+        _say(text)
     return status
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"error: {text}\n")
+    sys.stderr.flush()
 
 
 def _set_up_logging(rank: int) -> None:
@@ -154,8 +190,11 @@ def accelerators() -> int:
     """NVIDIA devices that this process may use, counted without torch."""
     present = len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # As CUDA reads it: -1, or anything empty, ends the list.
-    return present if visible is None else min(present, len(visible.partition("-1")[0].replace(",", " ").split()))
+    if visible is None:
+        return present
+    # As CUDA reads it: -1, or an empty entry, ends the list. (Names of devices may hold -1, too: GPU-8e6f…-1b2c…)
+    named = itertools.takewhile(lambda entry: entry not in ("-1", ""), (part.strip() for part in visible.split(",")))
+    return min(present, len(list(named)))
 
 
 def check_host(cfg: Config, found: int) -> None:
@@ -178,6 +217,30 @@ def check_host(cfg: Config, found: int) -> None:
             f"{', '.join(unverified)} has not been run yet (docs/gpu.md); "
             "add allow_unverified=true to run it all the same, or trainer.accelerator=cpu"
         )
+
+
+def check_torch(cfg: Config, found: int) -> None:
+    """Whether torch, imported by now, can use the `found` accelerators of this host.
+
+    Raises:
+        ConfigError: it cannot and the configuration names them. Where that is left open one line says so.
+    """
+    import torch
+
+    if not found or torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.init()
+        reason = f"it counts {torch.cuda.device_count()}"
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+    text = f"this host has {found} NVIDIA devices but torch {torch.__version__} cannot use them ({reason})"
+    if cfg.trainer.accelerator == "gpu":
+        raise ConfigError(
+            f"trainer.accelerator=gpu: {text}; install a torch build for CUDA and a driver that fits it, "
+            "or use trainer.accelerator=cpu"
+        )
+    logger.warning("%s: running on the CPU", text)
 
 
 def check_results_folder(cfg: Config) -> None:
@@ -287,7 +350,7 @@ def _fork(ranks: Ranks, run: Callable[[], int]) -> int:
         signals.note_signals()
         _set_up_logging(ranks.rank)
         _export(ranks)
-        status = _guarded(run)
+        status = _as_rank(run)
     except BaseException:
         sys.stderr.write(f"rank {ranks.rank}: {traceback.format_exc()}")
     finally:
@@ -314,7 +377,7 @@ def _wait(children: Mapping[int, int]) -> int:
             if code and not first:
                 first, deadline = code, time.monotonic() + GRACE_SECONDS
                 if code < 0:
-                    _report(f"rank {rank} was ended by {signal.Signals(-code).name}; the others cannot go on", 1)
+                    _say(f"rank {rank} was ended by {signal.Signals(-code).name}; the others cannot go on")
         elif time.monotonic() > deadline:
             _signal_all(running, signal.SIGKILL)
         time.sleep(0.02)

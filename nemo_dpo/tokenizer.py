@@ -8,6 +8,7 @@ of their tokenizers is loaded. Special tokens are never added to a text; those w
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,7 +94,11 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file, as NeMo 1.x models and Llama 1 and 2 have it."""
+    """A SentencePiece model file, as NeMo 1.x models and Llama 1 and 2 have it.
+
+    SentencePiece itself takes a written-out `</s>` for letters. Here it is the token, as in the Hugging Face tokenizer
+    of the same model; what follows it is encoded as a text of its own.
+    """
 
     def __init__(self, model: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -108,12 +113,20 @@ class SentencePieceTokenizer:
         self.pad_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
         self.vocab_size: int = self._processor.get_piece_size()
         self.fingerprint: str = _fingerprint([model], "sentencepiece")
+        numbers = filter(self._processor.is_control, range(self.vocab_size))
+        self._special: dict[str, int] = {self._processor.id_to_piece(number): number for number in numbers}
+        self._cut = re.compile(f"({'|'.join(map(re.escape, self._special))})")
 
     def encode(self, text: str) -> list[int]:
-        return list(self._processor.encode(text))
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(ids) for ids in self._processor.encode(list(texts))]
+        cuts = [self._cut.split(text) for text in texts]  # each: plain, special, plain, …, plain
+        plain = iter(self._processor.encode([part for cut in cuts for part in cut[::2]]))
+        return [
+            [token for n, part in enumerate(cut) for token in ([self._special[part]] if n % 2 else next(plain))]
+            for cut in cuts
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._processor.decode(list(ids)))

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from nemo_dpo.data.tally import Tally
+from nemo_dpo.data.tokenize import tokenize_pairs
+from nemo_dpo.data.types import DataOptions, PreferencePair
 from nemo_dpo.tokenizer import TokenizerError, load_tokenizer, resolve_artefact
 from tests.convert.conftest import CHAT_TEMPLATE, CORPUS, TEXT, save_tokenizer
 
@@ -86,6 +89,30 @@ def test_sentencepiece(sentencepiece_model: Path) -> None:
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (2, 2, processor.get_piece_size())
     with pytest.raises(TokenizerError, match="no chat template"):
         tokenizer.apply_chat_template([])
+
+
+def test_sentencepiece_recognises_written_tokens(sentencepiece_model: Path, tmp_path: Path) -> None:
+    """As the Hugging Face tokenizer made of the same file; alone SentencePiece would spell them."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers import LlamaTokenizer
+
+    processor: Any = SentencePieceProcessor(model_file=str(sentencepiece_model))
+    tokenizer = load_tokenizer({"library": "sentencepiece", "model": str(sentencepiece_model)}, tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    llama = LlamaTokenizer.from_pretrained(tmp_path)
+    texts = ["The fox</s>", "The fox</s></s>", "</s>"]
+    assert tokenizer.encode_batch(texts) == [llama(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert tokenizer.encode("The fox</s>") == [*processor.encode("The fox"), 2] != processor.encode("The fox</s>")
+    assert tokenizer.encode("<s>The</s>fox") == [1, *processor.encode("The"), 2, *processor.encode("fox")]
+
+
+def test_append_eod_ends_a_sentencepiece_response_once(sentencepiece_model: Path) -> None:
+    tokenizer = load_tokenizer({"library": "sentencepiece", "model": str(sentencepiece_model)}, Path())
+    pairs = [PreferencePair("The", " fox</s>", " dog", 1.0, 0.0, 1)]
+    options = DataOptions(seq_length=64, append_eod=True)
+    ((_, triple),) = tokenize_pairs(pairs, tokenizer, options, "file", Tally())
+    assert (triple.chosen.count(2), triple.chosen[-1]) == (1, 2)
+    assert (triple.rejected.count(2), triple.rejected[-1]) == (1, 2)
 
 
 @pytest.mark.parametrize(

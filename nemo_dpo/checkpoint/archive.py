@@ -16,13 +16,13 @@ import tarfile
 import tempfile
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
-from nemo_dpo.checkpoint import CheckpointError
+from nemo_dpo.checkpoint import CheckpointError, SaveError
 
 MODEL_CONFIG = "model_config.yaml"
 MODEL_WEIGHTS = "model_weights"
@@ -30,6 +30,7 @@ MAX_MEMBERS = 100_000
 MAX_CONFIG_BYTES = 16 * 2**20
 TAR_BLOCK = 512
 LEGACY_WEIGHTS = ("model_weights.ckpt", "mp_rank_", "tp_rank_")
+Check = Callable[[Path, Path], None]  # refuses a folder that is incomplete; the second path is what the message names
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -41,11 +42,6 @@ _YamlLoader.add_implicit_resolver(
     re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
 )
-
-
-def is_archive(path: Path) -> bool:
-    """True if `path` is a tar file; an extracted `.nemo` is a folder and gives False."""
-    return path.is_file() and tarfile.is_tarfile(path)
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
@@ -68,10 +64,30 @@ def read_model_config(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"{path}: holds no {MODEL_CONFIG}; it is not a complete .nemo archive")
 
 
-def extract(path: Path, into: Path) -> None:
+def check_complete(folder: Path, source: Path) -> None:
+    """Refuse a folder that lacks the config or the weights; `source` is what the message names."""
+    if not (folder / MODEL_CONFIG).is_file():
+        raise CheckpointError(f"{source}: holds no {MODEL_CONFIG}; it is not a complete .nemo archive")
+    if (folder / MODEL_WEIGHTS).is_dir():
+        return
+    legacy = sorted(entry.name for entry in folder.iterdir() if entry.name.startswith(LEGACY_WEIGHTS))
+    if legacy and is_adapter(read_model_config(folder)):
+        raise CheckpointError(f"{source}: holds an adapter, not a model; give the .nemo of its base here")
+    if legacy:
+        raise CheckpointError(f"{source}: holds weights of the older layout ({legacy[0]}), which cannot be read yet")
+    raise CheckpointError(f"{source}: holds no {MODEL_WEIGHTS}/ folder; it is not a complete .nemo archive")
+
+
+def is_adapter(config: dict[str, Any]) -> bool:
+    """Whether a model_config.yaml is that of an adapter (NeMo's `peft` section), not of a whole model."""
+    section = config.get("peft")
+    return isinstance(section, dict) and section.get("peft_scheme") not in (None, "none")
+
+
+def extract(path: Path, into: Path, check: Check = check_complete) -> None:
     """Write the contents of the archive `path` below the folder `into`, which is created.
 
-    Owners, permissions and times in the archive are ignored.
+    Owners, permissions and times in the archive are ignored. `check` sees the result.
 
     Raises:
         CheckpointError: absolute or climbing names, links, devices, sparse or repeated files, more bytes than the disk
@@ -93,51 +109,41 @@ def extract(path: Path, into: Path) -> None:
             seen.add(name)
             _extract_member(tar, member, into / name)
         _check_end_mark(tar, path)
-    check_complete(into, path)
+    check(into, path)
 
 
 @contextlib.contextmanager
-def open_folder(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+def open_folder(path: Path, scratch: Path | None = None, check: Check = check_complete) -> Iterator[Path]:
     """A folder with the contents of `path`: itself if it is one, else a temporary extraction, removed afterwards.
 
     Args:
         path: a `.nemo` file or an extracted folder.
         scratch: where the temporary folder is made; default the system's folder for temporary files.
+        check: what the folder must hold.
     """
     if path.is_dir():
-        check_complete(path, path)
+        check(path, path)
         yield path
         return
     if not path.is_file():
         raise CheckpointError(f"{path}: no such .nemo file or folder")
     with tempfile.TemporaryDirectory(prefix="nemo_dpo_", dir=scratch) as folder:
-        extract(path, Path(folder))
+        extract(path, Path(folder), check)
         yield Path(folder)
 
 
-def check_complete(folder: Path, source: Path) -> None:
-    """Refuse a folder that lacks the config or the weights; `source` is what the message names."""
-    if not (folder / MODEL_CONFIG).is_file():
-        raise CheckpointError(f"{source}: holds no {MODEL_CONFIG}; it is not a complete .nemo archive")
-    if (folder / MODEL_WEIGHTS).is_dir():
-        return
-    legacy = sorted(entry.name for entry in folder.iterdir() if entry.name.startswith(LEGACY_WEIGHTS))
-    if legacy:
-        raise CheckpointError(f"{source}: holds weights of the older layout ({legacy[0]}), which cannot be read yet")
-    raise CheckpointError(f"{source}: holds no {MODEL_WEIGHTS}/ folder; it is not a complete .nemo archive")
-
-
-def write_archive(folder: Path, path: Path, *, overwrite: bool = False) -> None:
+def write_archive(folder: Path, path: Path, *, overwrite: bool = False, check: Check = check_complete) -> None:
     """Pack `folder` into the plain tar `path`, with names that begin with `./` as NeMo writes them.
 
     The tar grows under a temporary name beside `path`, is flushed to the disk and then renamed; after a failure the
     temporary file is gone and an earlier `path` is untouched. `model_config.yaml` comes first, so it is found quickly.
 
     Raises:
-        CheckpointError: `path` exists and `overwrite` is false, or it cannot be written (disk full, permission).
+        CheckpointError: `path` exists and `overwrite` is false.
+        SaveError: it cannot be written (disk full, permission).
     """
     check_target(path, overwrite=overwrite)
-    check_complete(folder, folder)
+    check(folder, folder)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +157,7 @@ def write_archive(folder: Path, path: Path, *, overwrite: bool = False) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise SaveError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_dpo.checkpoint import CheckpointError
+from nemo_dpo.checkpoint import CheckpointError, SaveError
 from nemo_dpo.checkpoint.archive import sync_folder
 from nemo_dpo.checkpoint.weights import check_metadata_pickle
 from nemo_dpo.parallel.collective import agree, on_rank_zero
@@ -44,12 +44,13 @@ def save(folder: Path, engine: Engine, trainer_state: dict[str, Any], progress: 
     Args:
         folder: final name; an existing checkpoint there is replaced once the new one is complete.
         trainer_state: Lightning's dictionary (schedule, loops, callbacks).
-        progress: plain numbers and strings, also written as progress.json.
+        progress: plain numbers and strings, also written as progress.json, where the number of this save is added.
 
     Raises:
-        CheckpointError: it cannot be written; nothing is left behind under the final name.
+        SaveError: it cannot be written; nothing is left behind under the final name.
     """
     weights = engine.sharded_weights()
+    progress = {**progress, "save": on_rank_zero(lambda: _last_save(folder.parent) + 1)}
     state = {
         **weights,
         "optimizer": engine.sharded_optimizer(weights),
@@ -125,7 +126,10 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints in `root`, fewest steps first. Unfinished folders are never listed."""
+    """The complete checkpoints in `root` in the order in which they were saved. Unfinished folders are never listed.
+
+    The order is not that of their steps where a run has gone on from an earlier checkpoint than its last.
+    """
     if not root.is_dir():
         return []
     folders = [
@@ -133,7 +137,15 @@ def complete_checkpoints(root: Path) -> list[Path]:
         for f in root.iterdir()
         if f.is_dir() and not f.is_symlink() and f.suffix not in (UNFINISHED, REPLACED) and (f / PROGRESS).is_file()
     ]
-    return sorted(folders, key=lambda folder: (read_progress(folder)["step"], folder.name))
+    return sorted(folders, key=lambda folder: (_save_of(folder), read_progress(folder)["step"], folder.name))
+
+
+def _save_of(folder: Path) -> int:
+    return int(read_progress(folder).get("save", 0))
+
+
+def _last_save(root: Path) -> int:
+    return max(map(_save_of, complete_checkpoints(root)), default=0)
 
 
 def remove_unfinished(root: Path) -> list[Path]:
@@ -159,10 +171,10 @@ def _write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
         agree(lambda: write(unfinished))
         on_rank_zero(lambda: _commit(unfinished, folder))
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        free = shutil.disk_usage(folder.parent).free / 2**20
+        free = on_rank_zero(lambda: shutil.disk_usage(folder.parent).free / 2**20)
         if dist.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(
+        raise SaveError(
             f"could not write {folder}: {_reason(error)} ({free:.1f} MiB were left on the disk). "
             "Earlier checkpoints are untouched; make space and start again"
         ) from error

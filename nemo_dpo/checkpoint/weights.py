@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_dpo.checkpoint import CheckpointError
+from nemo_dpo.checkpoint import CheckpointError, SaveError
 
 METADATA = ".metadata"
 DATA_FILE = "__0_0.distcp"
@@ -127,9 +127,7 @@ def _save(tensor: torch.Tensor, file: IO[bytes]) -> None:
     try:
         torch.save(own, file)
     except RuntimeError as error:  # what torch makes of a failed write
-        raise CheckpointError(
-            f"{file.name}: cannot be written ({str(error).splitlines()[0]}); is the disk full?"
-        ) from error
+        raise SaveError(f"{file.name}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
 
 
 def _register(stored: dict[str, _Stored], chunk: Chunk) -> torch.Size:

@@ -1,6 +1,6 @@
 """Configuration: schema, loading, checks. Needs hydra and omegaconf only, so that a wrong key is refused at once."""
 
-from nemo_dpo.config.checks import check, check_layout, check_model
+from nemo_dpo.config.checks import check, check_layout, check_model, layout_notice
 from nemo_dpo.config.cli import CommandLine, parse_cli, show_config
 from nemo_dpo.config.data_sources import Source, data_sources
 from nemo_dpo.config.describe import describe
@@ -18,6 +18,7 @@ __all__ = [
     "check_model",
     "data_sources",
     "describe",
+    "layout_notice",
     "load_config",
     "parse_cli",
     "show_config",

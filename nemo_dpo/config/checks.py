@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from nemo_dpo.config.architecture import Architecture
+from nemo_dpo.config.checkpoint_names import name_problems
 from nemo_dpo.config.data_sources import data_sources
 from nemo_dpo.config.errors import ConfigError
 from nemo_dpo.config.limits import beyond_limits
@@ -21,11 +23,16 @@ _TP = "model.tensor_model_parallel_size"
 _PP = "model.pipeline_model_parallel_size"
 _VPP = "model.virtual_pipeline_model_parallel_size"
 
+# Keys of the layout over ranks → what null means.
+_LAYOUT = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+_LAYOUT |= {"virtual_pipeline_model_parallel_size": 1, "sequence_parallel": False}
+
 
 def check(cfg: Config) -> None:
     """All that can be judged without the checkpoint; with the ranks too, where trainer.devices counts them."""
     _raise_if([*beyond_limits(cfg), *_missing(cfg)])
-    _raise_if([*_objective(cfg), *_schedule(cfg), *_folders(cfg), *_pipeline(cfg), *_absent_files(cfg)])
+    tests = (_objective, _reference_folder, _schedule, _folders, _saves, _pipeline, _adapters, _absent_files)
+    _raise_if(problem for test in tests for problem in test(cfg))
     if isinstance(cfg.trainer.devices, int):
         check_layout(cfg, cfg.trainer.devices * cfg.trainer.num_nodes)
 
@@ -46,7 +53,22 @@ def check_layout(cfg: Config, world_size: int) -> None:
 def check_model(cfg: Config, model_config: Mapping[str, Any]) -> None:
     """Against ``model_config``, the checkpoint's model_config.yaml: shapes, and what layers are divided by."""
     _raise_if(_changed_shapes(cfg, model_config))
-    _raise_if([*_divisions(cfg, model_config), *_sequence_length(cfg, model_config), *_recompute(cfg, model_config)])
+    _raise_if([*_divisions(cfg, model_config), *_sequence_length(cfg, model_config)])
+    _raise_if([*_recompute(cfg, model_config), *_layer_selection(cfg, model_config)])
+
+
+def layout_notice(cfg: Config, model_config: Mapping[str, Any]) -> str:
+    """One line if the checkpoint's configuration names another layout than this run's, else "".
+
+    NeMo-Aligner would take it over. Here the weights fit any layout, and the ranks of a laptop no other than 1.
+    """
+    held = {key: model_config.get(key) or neutral for key, neutral in _LAYOUT.items()}
+    own = {key: getattr(cfg.model, key) or neutral for key, neutral in _LAYOUT.items()}
+    other = [key for key in _LAYOUT if held[key] != own[key]]
+    if not other:
+        return ""
+    there, here = (", ".join(f"{key}={values[key]}" for key in other) for values in (held, own))
+    return f"layout: the checkpoint's configuration has {there}; this run has {here}, for only model.* keys set it"
 
 
 def _raise_if(problems: Iterable[str]) -> None:
@@ -70,6 +92,14 @@ def _absent_files(cfg: Config) -> Iterator[str]:
     start = Path(str(cfg.pretrained_checkpoint.restore_from_path))
     if not start.exists():
         yield f"pretrained_checkpoint.restore_from_path={start} does not exist; give a .nemo or its extracted folder"
+    peft = cfg.model.peft
+    frozen = {f"frozen_adapters.{name}": file for name, file in peft.frozen_adapters.items()}
+    for key, file in {"restore_from_path": peft.restore_from_path, **frozen}.items():
+        if file is not None and not Path(file).exists():
+            yield f"model.peft.{key}={file} does not exist; give an adapter .nemo or its extracted folder"
+    checkpoint = cfg.exp_manager.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        yield f"exp_manager.resume_from_checkpoint={checkpoint} is not a folder; give one below checkpoints/ of a run"
     for split, sources in data_sources(cfg).items():
         for source in sources:
             if not source.path.is_file():
@@ -82,6 +112,15 @@ def _objective(cfg: Config) -> Iterator[str]:
         yield (
             "model.dpo.preference_loss_weight=0 and model.dpo.sft_loss_weight=0 leave no loss; "
             "set one of them to a number greater than 0"
+        )
+
+
+def _reference_folder(cfg: Config) -> Iterator[str]:
+    folder, kind = cfg.model.dpo.reference.cache_dir, cfg.model.reference_kind
+    if folder is not None and not kind.startswith("cached"):
+        yield (
+            f"model.dpo.reference.cache_dir={folder} has no effect with model.dpo.reference.kind={kind}; set the kind "
+            "to cached or leave cache_dir out"
         )
 
 
@@ -118,10 +157,52 @@ def _folders(cfg: Config) -> Iterator[str]:
         )
 
 
+def _saves(cfg: Config) -> Iterator[str]:
+    exp, params = cfg.exp_manager, cfg.exp_manager.checkpoint_callback_params
+    yield from name_problems(params)
+    if exp.hf_export_on_train_end and not params.save_nemo_on_train_end:
+        yield (
+            "exp_manager.hf_export_on_train_end=true is made from the trained .nemo, which "
+            "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=false leaves out; set that to true"
+        )
+    if params.always_save_nemo and not exp.create_checkpoint_callback:
+        yield (
+            "exp_manager.checkpoint_callback_params.always_save_nemo=true writes a .nemo at every save, and "
+            "exp_manager.create_checkpoint_callback=false leaves no saves; set one of them the other way"
+        )
+
+
 def _pipeline(cfg: Config) -> Iterator[str]:
     chunks, pp = cfg.model.virtual_pipeline_model_parallel_size, cfg.model.pipeline_model_parallel_size
     if chunks is not None and chunks > 1 and pp < 2:
         yield f"{_VPP}={chunks} needs {_PP} of at least 2, not {pp}; raise {_PP} or set {_VPP}=null"
+
+
+def _adapters(cfg: Config) -> Iterator[str]:
+    peft, kind = cfg.model.peft, cfg.model.reference_kind
+    if not peft.lora:
+        if "adapter" in kind:
+            yield f"model.dpo.reference.kind={kind} needs an adapter; set model.peft.peft_scheme=lora, or kind=frozen"
+        for key in ("restore_from_path", "frozen_adapters", "base_quantization"):
+            if value := getattr(peft, key):
+                yield f"model.peft.{key}={value} has no effect; set model.peft.peft_scheme=lora or leave it out"
+    elif cfg.model.transformer_engine:
+        yield (
+            "model.transformer_engine=true: adapters are not offered on Transformer Engine's layers, which hide the "
+            "input of the linear layer behind a fused norm; set it to null"
+        )
+    if peft.base_quantization and find_spec("bitsandbytes") is None:
+        yield (
+            f"model.peft.base_quantization={peft.base_quantization} needs bitsandbytes, which is not installed; "
+            "pip install bitsandbytes"
+        )
+    _, named, name = kind.partition("adapter:")
+    if named and peft.lora and name not in peft.frozen_adapters:
+        known = ", ".join(peft.frozen_adapters) or "none"
+        yield (
+            f"model.dpo.reference.kind={kind}: model.peft.frozen_adapters has no {name!r} (known: {known}); add "
+            f"+model.peft.frozen_adapters.{name}=/path/adapter.nemo"
+        )
 
 
 def _batch_sizes(cfg: Config, dp: int) -> Iterator[str]:
@@ -163,6 +244,8 @@ def _divisions(cfg: Config, model_config: Mapping[str, Any]) -> Iterator[str]:
     # megatron-core repeats key/value heads where there are more ranks than groups.
     elif groups % tp and tp % groups:
         yield f"{_TP}={tp} must divide, or be a multiple of, the model's num_query_groups={groups}; change {_TP}"
+    elif cfg.model.peft.lora and groups % tp:
+        yield f"{_TP}={tp} must divide the model's num_query_groups={groups} with LoRA; change {_TP}"
     if ffn % tp:
         yield f"{_TP}={tp} must divide the model's ffn_hidden_size={ffn}; change {_TP}"
     layers, pp = int(model_config["num_layers"]), cfg.model.pipeline_model_parallel_size
@@ -170,6 +253,12 @@ def _divisions(cfg: Config, model_config: Mapping[str, Any]) -> Iterator[str]:
     if layers % (pp * chunks):
         product = f"{_PP}={pp}" + (f" × {_VPP}={chunks} = {pp * chunks}" if chunks > 1 else "")
         yield f"{product} must divide the model's num_layers={layers}, that is be one of {_divisors(layers)}"
+
+
+def _layer_selection(cfg: Config, model_config: Mapping[str, Any]) -> Iterator[str]:
+    selected, layers = cfg.model.peft.lora_tuning.layer_selection or [], int(model_config["num_layers"])
+    if selected and max(selected) > layers:
+        yield f"model.peft.lora_tuning.layer_selection names layer {max(selected)}; the model has layers 1 to {layers}"
 
 
 def _divisors(number: int) -> str:
@@ -192,6 +281,13 @@ def _recompute(cfg: Config, model_config: Mapping[str, Any]) -> Iterator[str]:
         for key in (f"activations_checkpoint_{part}" for part in ("granularity", "method", "num_layers"))
     }
     absent = [key for key, value in effective.items() if value is None]
+    if effective["activations_checkpoint_granularity"] is None:
+        for key in ("activations_checkpoint_method", "activations_checkpoint_num_layers"):
+            if (value := getattr(cfg.model, key)) is not None:
+                yield (
+                    f"model.{key}={value} has no effect without model.activations_checkpoint_granularity=full; "
+                    f"set that too, or leave model.{key} out"
+                )
     if effective["activations_checkpoint_granularity"] == "full" and absent:
         wanted = " ".join(f"model.{key}=…" for key in absent)
         yield f"model.activations_checkpoint_granularity=full also needs {wanted}; method uniform, num_layers 1 will do"

@@ -26,13 +26,13 @@ class Source:
     weight: float | None = None
     """Share of the split's pairs that come from this file; None where the files are simply joined."""
     span: tuple[float, float] = (0.0, 1.0)
-    """The part of the file's lines that belongs to the split, as fractions [start, end)."""
+    """The part of the file's pairs that belongs to the split, as fractions [start, end); dropped lines are no pairs."""
 
 
 def data_sources(cfg: Config) -> dict[str, list[Source]]:
     """Split → its files. ``test`` is absent if there is none. Raises ConfigError for a malformed value.
 
-    A list with ``splits_string`` "98,1,1" gives every split the same files with consecutive spans of their lines.
+    A list with ``splits_string`` "98,1,1" gives every split the same files with consecutive spans of their pairs.
     """
     prefix, splits = cfg.model.data.data_prefix, cfg.model.data.splits_string
     if isinstance(prefix, Mapping):

@@ -17,7 +17,7 @@ class CheckpointCallbackParams:
     """Which checkpoints are kept."""
 
     monitor: str = "val_loss"
-    """Logged metric that ranks checkpoints."""
+    """Figure that ranks checkpoints: val_ and a figure of docs/runs.md, or step."""
     mode: str = "min"
     """min or max: whether a small or a large metric is better."""
     save_top_k: int = 3
@@ -49,7 +49,7 @@ class ExpManagerConfig:
     max_time_per_run: str | None = II("trainer.max_time")
     """Wall-clock limit DD:HH:MM:SS, after which the run saves and ends; follows trainer.max_time."""
     resume_if_exists: bool = True
-    """Resume from the newest checkpoint in the log folder."""
+    """Resume from the checkpoint that was saved last in the log folder; false refuses a folder that holds any."""
     resume_ignore_no_checkpoint: bool = True
     """Start afresh when there is none to resume from; false makes that an error."""
     resume_from_checkpoint: str | None = None
@@ -87,7 +87,7 @@ class ExpManagerConfig:
     files_to_copy: list[str] | None = None
     """Files that exp_manager copies into the log folder."""
     hf_export_on_train_end: bool = False
-    """Write a Hugging Face folder beside the trained .nemo. Not a key of NeMo."""
+    """Write a Hugging Face folder, with LoRA one of PEFT, beside the trained .nemo. Not a key of NeMo."""
     plot_on_train_end: bool = True
     """Draw loss, accuracy, rewards and margins as a PNG in the log folder. Not a key of NeMo."""
 

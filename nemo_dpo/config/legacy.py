@@ -45,8 +45,8 @@ Rule = Refused | Mapped | Renamed | Mirror
 OFF = (None, False)
 
 _LIGHTNING = "Lightning's loop, loggers and checkpoints are set up by the trainer itself"
-_LORA = "it arrives with the LoRA part; full-parameter training is what there is now"
-_PEFT_UNUSED = "not used, for model.peft.peft_scheme is none"
+_PEFT_UNUSED = "not used: model.peft.peft_scheme is none or lora"
+_TYING = "adapters are not tied between layers: each layer's update is its own, as in the files of PEFT"
 _SHARDED = "FSDP and ZeRO are not offered; use tensor and pipeline parallelism and optim.name=mcore_distributed_optim"
 _APEX = "Apex's optimizer only; megatron-core's chooses its own buffers"
 _OVERLAP = "changes speed only; megatron-core's optimizer communicates after the last micro-batch"
@@ -227,10 +227,10 @@ _NEMO: dict[str, Rule] = {
 }
 
 _PEFT: dict[str, Rule] = {
-    "peft_scheme": Refused(_LORA, (None, "none")),
-    "restore_from_path": Refused(_LORA),
     "restore_from_ckpt": Refused("NeMo-Aligner never read it either; an adapter is restored by restore_from_path"),
-    "lora_tuning": Mapped(_PEFT_UNUSED),
+    "lora_tuning.weight_tying": Refused(_TYING, OFF),
+    "lora_tuning.position_embedding_strategy": Refused(_TYING),
+    "lora_tuning.a2a_experimental": Mapped("adapters communicate their inner dimension only", OFF),
     **{f"{other}_tuning": Mapped(_PEFT_UNUSED) for other in ("adapter", "ia3", "p", "selective")},
 }
 

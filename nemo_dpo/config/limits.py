@@ -20,10 +20,9 @@ class Limit:
     passes: Callable[[Any], bool]
 
 
-def choice(*values: str, later: tuple[str, ...] = ()) -> Limit:
-    """One of ``values``; ``later`` are names that documents speak of and that are not available yet."""
-    note = f" ({', '.join(later)} are not available yet)" if later else ""
-    return Limit(f"must be {' or '.join(values)}{note}", lambda value: value in values)
+def choice(*values: str) -> Limit:
+    """One of ``values``."""
+    return Limit(f"must be {' or '.join(values)}", lambda value: value in values)
 
 
 POSITIVE = Limit("must be greater than 0", lambda value: 0 < value < math.inf)
@@ -35,6 +34,8 @@ STEPS_OR_FRACTION = Limit(
     lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1,
 )
 DURATION = Limit("must be DD:HH:MM:SS", lambda value: re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", value) is not None)
+
+LORA_TARGETS = ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", "attention", "mlp", "all")
 
 LIMITS: dict[str, Limit] = {
     "trainer.num_nodes": COUNT,
@@ -74,7 +75,31 @@ LIMITS: dict[str, Limit] = {
     "model.dpo.sft_loss_weight": NOT_NEGATIVE,
     "model.dpo.gt_reward_scale": POSITIVE,
     "model.dpo.log_prob_forward_micro_batch_size": COUNT,
-    "model.dpo.reference.kind": choice("frozen", later=("cached", "adapter_off", "adapter:<name>")),
+    "model.dpo.reference.kind": Limit(
+        "must be frozen, adapter_off, adapter:<name>, cached or cached:<one of these>",
+        lambda value: re.fullmatch(r"(cached:)?(frozen|adapter_off|adapter:\w+)|cached", value) is not None,
+    ),
+    "model.peft.peft_scheme": choice("none", "lora"),
+    "model.peft.base_quantization": choice("nf4"),
+    "model.peft.frozen_adapters": Limit(
+        "must map names of letters, digits and _, but policy, to adapter files",
+        lambda value: all(re.fullmatch(r"(?!policy$)\w+", name) for name in value),
+    ),
+    "model.peft.lora_tuning.target_modules": Limit(
+        f"must be a list of {', '.join(LORA_TARGETS)}",
+        lambda value: value and all(target in LORA_TARGETS for target in value),
+    ),
+    "model.peft.lora_tuning.adapter_dim": COUNT,
+    "model.peft.lora_tuning.alpha": POSITIVE,
+    "model.peft.lora_tuning.variant": choice("nemo", "canonical"),
+    "model.peft.lora_tuning.layer_selection": Limit(
+        "must be a list of layer numbers from 1, each once",
+        lambda value: value and min(value) >= 1 and len(set(value)) == len(value),
+    ),
+    "model.peft.lora_tuning.adapter_dropout": FRACTION,
+    "model.peft.lora_tuning.dropout_position": choice("pre", "post"),
+    "model.peft.lora_tuning.column_init_method": choice("xavier", "kaiming", "normal", "zero"),
+    "model.peft.lora_tuning.row_init_method": choice("zero", "xavier", "kaiming", "normal"),
     "model.optim.name": choice("mcore_distributed_optim", "adam", "sgd"),
     "model.optim.lr": POSITIVE,
     "model.optim.weight_decay": NOT_NEGATIVE,

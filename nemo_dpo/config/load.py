@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,8 @@ from yaml import YAMLError
 from nemo_dpo.config import legacy
 from nemo_dpo.config.errors import ConfigError
 from nemo_dpo.config.keys import children, nearest, schema_keys
-from nemo_dpo.config.schema import Config
+from nemo_dpo.config.peft import LoraTuningConfig
+from nemo_dpo.config.schema import Config, OptimConfig
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def load_config(config_dir: Path | str, config_name: str, overrides: Sequence[st
     notices += [(item, _HYDRA_KEY) for item in overrides if _is_hydras(item)]
     known, more = _translate(values)
     cfg, switched_off = _without_idle_sequence_parallel(_typed(known))
-    for line in legacy.grouped([*notices, *more, *switched_off]):
+    for line in legacy.grouped([*notices, *more, *switched_off, *_idle_optimizer_keys(cfg), *_idle_adapter_keys(cfg)]):
         logger.info("%s", line)
     return cfg
 
@@ -217,3 +218,28 @@ def _without_idle_sequence_parallel(cfg: Config) -> tuple[Config, list[tuple[str
         return cfg, []
     notice = "switched off, for it needs model.tensor_model_parallel_size of at least 2"
     return replace(cfg, model=replace(cfg.model, sequence_parallel=False)), [("model.sequence_parallel", notice)]
+
+
+def _idle_optimizer_keys(cfg: Config) -> Iterator[tuple[str, str]]:
+    """What the chosen optimizer and schedule do not use; configurations carry such keys along."""
+    optim, sched, default = cfg.model.optim, cfg.model.optim.sched, OptimConfig()
+    if optim.name == "sgd" and optim.betas != default.betas:
+        yield "model.optim.betas", "not used by model.optim.name=sgd"
+    if optim.name == "sgd" and optim.eps != default.eps:
+        yield "model.optim.eps", "not used by model.optim.name=sgd"
+    if sched.name != "CosineAnnealing" and sched.constant_steps:
+        yield "model.optim.sched.constant_steps", f"not used by model.optim.sched.name={sched.name}"
+    if sched.name == "constant" and sched.min_lr:
+        yield "model.optim.sched.min_lr", "not used by model.optim.sched.name=constant"
+
+
+def _idle_adapter_keys(cfg: Config) -> Iterator[tuple[str, str]]:
+    """What no adapter, or one that is read from a file, does not use; NeMo's configurations carry such keys along."""
+    peft, default = cfg.model.peft, LoraTuningConfig()
+    idle, reason = [item.name for item in fields(LoraTuningConfig)], "model.peft.peft_scheme=none"
+    if peft.lora:
+        idle = ["column_init_method", "row_init_method"] if peft.restore_from_path else []
+        reason = f"model.peft.restore_from_path={peft.restore_from_path}"
+    for name in idle:
+        if getattr(peft.lora_tuning, name) not in (getattr(default, name), getattr(default.of_new, name)):
+            yield f"model.peft.lora_tuning.{name}", f"not used by {reason}"

@@ -2,8 +2,8 @@
 
 The tree of dataclasses has the sections and names of NeMo-Aligner's ``gpt_dpo.yaml``. The string below a field is its
 documentation; :func:`nemo_dpo.config.describe` prints it. ``II("a.b")`` as a default means: follows key ``a.b``.
-Allowed values and limits are in :mod:`nemo_dpo.config.checks`; keys of NeMo-Aligner that mean nothing here are in
-:mod:`nemo_dpo.config.legacy`.
+Allowed values are in :mod:`nemo_dpo.config.limits`, what keys ask of each other in :mod:`nemo_dpo.config.checks`; keys
+of NeMo-Aligner that mean nothing here are in :mod:`nemo_dpo.config.legacy`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from omegaconf import II
 
 from nemo_dpo.config.architecture import Architecture
 from nemo_dpo.config.exp_manager import ExpManagerConfig
+from nemo_dpo.config.peft import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,13 @@ class PretrainedCheckpointConfig:
 class ReferenceConfig:
     """How the reference policy's log-probs are made."""
 
-    kind: str = "frozen"
-    """frozen: a frozen copy of the starting weights."""
+    kind: str | None = None
+    """frozen: a second copy of what is trained; adapter_off: the same model with the adapter switched off;
+    adapter:<name>: with that one of model.peft.frozen_adapters instead; cached, or cached:<one of these>: its log-probs
+    computed once, before training, and kept on disk; null is adapter_off with LoRA, frozen without."""
+    cache_dir: str | None = None
+    """Folder of the log-probs of kind cached, on a file system that all hosts see; null is reference_cache in the log
+    folder."""
 
 
 @dataclass(frozen=True)
@@ -208,10 +214,19 @@ class ModelConfig(Architecture):
     """Longest sequence in tokens; null is the checkpoint's. model.data.seq_length follows it."""
     dpo: DpoConfig = field(default_factory=DpoConfig)
     """The preference objective."""
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    """Adapters beside frozen weights."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
     data: DataConfig = field(default_factory=DataConfig)
     """Preference pairs."""
+
+    @property
+    def reference_kind(self) -> str:
+        """model.dpo.reference.kind, its defaults resolved."""
+        usual = "adapter_off" if self.peft.lora else "frozen"
+        kind = self.dpo.reference.kind or usual
+        return f"cached:{usual}" if kind == "cached" else kind
 
 
 @dataclass(frozen=True)

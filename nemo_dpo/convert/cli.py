@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from nemo_dpo.checkpoint import CheckpointError
+from nemo_dpo.model.architecture import ArchitectureError
 from nemo_dpo.tokenizer import TokenizerError
 
 FAILED = 2
@@ -18,7 +19,7 @@ def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         command(args)
-    except (CheckpointError, TokenizerError) as error:
+    except (ArchitectureError, CheckpointError, TokenizerError) as error:
         sys.stderr.write(f"error: {error}\n")
         return FAILED
     return 0
@@ -49,3 +50,27 @@ def gguf_to_hf(args: argparse.Namespace) -> None:
     from nemo_dpo.convert import gguf_to_hf as convert
 
     convert(args.input_name_or_path, args.output_path, precision=args.precision, overwrite=args.overwrite)
+
+
+def peft_to_nemo(args: argparse.Namespace) -> None:
+    """convert_lora_hf_to_nemo.py"""
+    from nemo_dpo.checkpoint.archive import check_target
+    from nemo_dpo.convert.adapter_peft import peft_to_nemo as convert
+    from nemo_dpo.convert.hf import local_folder
+
+    check_target(args.output_path, overwrite=args.overwrite)  # before a download
+    convert(local_folder(args.input_name_or_path), args.base, args.output_path, overwrite=args.overwrite)
+
+
+def nemo_to_peft(args: argparse.Namespace) -> None:
+    """convert_lora_nemo_to_hf.py"""
+    from nemo_dpo.convert.adapter_peft import nemo_to_peft as convert
+
+    convert(args.input_name_or_path, args.output_path, overwrite=args.overwrite)
+
+
+def merge_lora(args: argparse.Namespace) -> None:
+    """merge_lora.py"""
+    from nemo_dpo.convert.merge import merge_adapter
+
+    merge_adapter(args.base, args.adapter, args.output, precision=args.precision, overwrite=args.overwrite)

@@ -6,18 +6,18 @@ import contextlib
 import json
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_dpo.checkpoint import CheckpointError
+from nemo_dpo.checkpoint import CheckpointError, SaveError
 
 MAX_SHARD_BYTES = 4 * 10**9
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class HfWeights(Mapping[str, Tensor]):
@@ -26,9 +26,14 @@ class HfWeights(Mapping[str, Tensor]):
     One file is open at a time: tables ask layer by layer, as the files are laid out.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Find the files of `folder`; raises CheckpointError if there are none, or an index names missing ones."""
+    def __init__(self, folder: Path, files: Sequence[str] = MODEL_FILES) -> None:
+        """Find the first of `files` that is in `folder`, whole or in shards with an index.
+
+        Raises:
+            CheckpointError: there is none, or the index names missing ones.
+        """
         self._folder = folder
+        self._candidates = files
         self._open_name = ""
         self._open_file: Any = None
         self._stack = contextlib.ExitStack()
@@ -55,13 +60,15 @@ class HfWeights(Mapping[str, Tensor]):
         return len(self._files)
 
     def _locate(self) -> dict[str, str]:
-        for single in _SINGLE:
+        for single in self._candidates:
             index = self._folder / f"{single}.index.json"
             if index.is_file():
                 return self._from_index(index)
             if (self._folder / single).is_file():
                 return dict.fromkeys(self._names(single), single)
-        raise CheckpointError(f"{self._folder}: holds no weights ({' or '.join(_SINGLE)}, whole or with an index)")
+        raise CheckpointError(
+            f"{self._folder}: holds no weights ({' or '.join(self._candidates)}, whole or with an index)"
+        )
 
     def _from_index(self, index: Path) -> dict[str, str]:
         files = read_json(index).get("weight_map")
@@ -126,7 +133,7 @@ def write_safetensors(
     shards: list[list[str]] = []
     total = 0
     for shard in _shards(tensors, max_shard_bytes):
-        _save(shard, folder / f"shard-{len(shards)}")
+        save_safetensors(shard, folder / f"shard-{len(shards)}")
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(shards) == 1:
@@ -140,14 +147,15 @@ def write_safetensors(
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _save(shard: dict[str, Tensor], path: Path) -> None:
+def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write one file, with the metadata that transformers and PEFT ask for."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(shard, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise CheckpointError(f"{path.parent}: cannot be written ({error}); is the disk full?") from error
+        raise SaveError(f"{path.parent}: cannot be written ({error}); is the disk full?") from error
     path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 

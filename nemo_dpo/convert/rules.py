@@ -14,6 +14,21 @@ import torch
 from torch import Tensor
 
 
+def interleave(parts: Sequence[Tensor], groups: int) -> Tensor:
+    """Parts [rows, …] → one tensor: the first `groups`-th of each part, then the second of each, and so on."""
+    rest = parts[0].shape[1:]
+    by_group = [part.reshape(groups, -1, *rest) for part in parts]
+    return torch.cat(by_group, dim=1).reshape(-1, *rest)
+
+
+def separate(tensor: Tensor, rows: Sequence[int], groups: int) -> tuple[Tensor, ...]:
+    """The inverse of `interleave`, for parts of so many rows."""
+    rest = tensor.shape[1:]
+    by_group = tensor.reshape(groups, -1, *rest)
+    parts = by_group.split([count // groups for count in rows], dim=1)
+    return tuple(part.reshape(-1, *rest) for part in parts)
+
+
 @dataclass(frozen=True)
 class Dims:
     """Sizes of a model, the ones that shapes are made of."""
@@ -100,15 +115,11 @@ class FusedQkv(Rule):
     """
 
     def pack(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
-        rest = parts[0].shape[1:]
-        by_group = [part.reshape(dims.groups, -1, dims.head_dim, *rest) for part in parts]
-        return torch.cat(by_group, dim=1).reshape(-1, *rest)
+        return interleave(parts, dims.groups)
 
     def unpack(self, tensor: Tensor, dims: Dims) -> tuple[Tensor, ...]:
-        rest = tensor.shape[1:]
-        by_group = tensor.reshape(dims.groups, -1, dims.head_dim, *rest)
-        parts = by_group.split([dims.heads // dims.groups, 1, 1], dim=1)
-        return tuple(part.reshape(-1, *rest) for part in parts)
+        attention, kv = dims.sizes["q"], dims.sizes["kv"]
+        return separate(tensor, (attention, kv, kv), dims.groups)
 
 
 @dataclass(frozen=True)

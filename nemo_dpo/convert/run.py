@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_dpo.checkpoint import CheckpointError, archive
+from nemo_dpo.checkpoint import CheckpointError, SaveError, archive
 from nemo_dpo.checkpoint.weights import read_weights, write_weights
 from nemo_dpo.convert import engine
 from nemo_dpo.convert.families import family_of_hf, family_of_nemo
 from nemo_dpo.convert.family import dims_of, to_hf_config, to_model_config
 from nemo_dpo.convert.hf import HfWeights, read_json, write_json, write_safetensors
+from nemo_dpo.model.architecture import Architecture, stated_vocab_size
 from nemo_dpo.tokenizer import ARTEFACT, copy_hf_files, load_tokenizer, resolve_artefact
 
 logger = logging.getLogger(__name__)
@@ -129,15 +130,15 @@ def nemo_to_hf(source: Path, output: Path, *, precision: str | None, overwrite: 
         overwrite: replace an existing `output`.
 
     Raises:
-        CheckpointError, TokenizerError: anything missing, damaged, unsupported or unmatched.
+        ArchitectureError, CheckpointError, TokenizerError: anything missing, damaged, unsupported or unmatched.
     """
     archive.check_target(output, overwrite=overwrite)
     dtype = dtype_of(precision)
     with temporary_folder(output) as target, archive.open_folder(source, scratch=target.parent) as folder:
         config = archive.read_model_config(folder)
         section = config.get("tokenizer") or {}
-        if config.get("vocab_size") is None:  # NeMo leaves it to the tokenizer
-            config["vocab_size"] = load_tokenizer(section, folder).vocab_size
+        config["vocab_size"] = stated_vocab_size(config) or load_tokenizer(section, folder).vocab_size
+        Architecture.parse(config)  # refuses what has no counterpart in config.json
         stored = _unpack_weights(folder, config, target, dtype)
         hf_config = to_hf_config(family_of_nemo(config), config)
         name = "dtype" if "dtype" in hf_config else "torch_dtype"  # transformers 5 and 4
@@ -175,7 +176,7 @@ def _export_tokenizer(section: dict[str, Any], folder: Path, target: Path) -> No
 
 @contextlib.contextmanager
 def temporary_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output`, on the same file system, gone afterwards; a full disk becomes a CheckpointError."""
+    """A folder beside `output`, on the same file system, gone afterwards; a full disk becomes a SaveError."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as parent:
@@ -183,7 +184,7 @@ def temporary_folder(output: Path) -> Iterator[Path]:
             folder.mkdir()
             yield folder
     except OSError as error:
-        raise CheckpointError(f"{output}: cannot be written ({error.strerror or error}); is the disk full?") from error
+        raise SaveError(f"{output}: cannot be written ({error.strerror or error}); is the disk full?") from error
 
 
 def move_into_place(folder: Path, output: Path) -> None:

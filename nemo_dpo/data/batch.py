@@ -7,7 +7,7 @@ response each belongs to, which two responses form a pair), so that other layout
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,6 +45,11 @@ class MicroBatch:
     def num_responses(self) -> int:
         return 2 * self.num_pairs
 
+    @property
+    def response_tokens(self) -> Tensor:
+        """Tokens of each response, [N]."""
+        return torch.bincount(self.response_segment, minlength=self.num_responses)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
         """The same batch with all tensors on `device`."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -56,9 +61,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One step's share of this data-parallel rank; all ranks have the same number of micro-batches."""
+    """One step's share of this data-parallel rank; all ranks have the same number of micro-batches.
+
+    Attributes:
+        split: name of the split that the micro-batches' `pair_index` counts in.
+    """
 
     micro_batches: tuple[MicroBatch, ...]
+    split: str = "train"
 
     def __len__(self) -> int:
         return len(self.micro_batches)
@@ -66,14 +76,10 @@ class GlobalBatch:
     def __iter__(self) -> Iterator[MicroBatch]:
         return iter(self.micro_batches)
 
-    @property
-    def num_pairs(self) -> int:
-        """Pairs of this rank; the step's pairs are the sum over the data-parallel ranks."""
-        return sum(micro_batch.num_pairs for micro_batch in self.micro_batches)
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GlobalBatch:
         """The same batch with all tensors on `device`."""
-        return GlobalBatch(tuple(micro_batch.to(device, non_blocking) for micro_batch in self.micro_batches))
+        moved = tuple(micro_batch.to(device, non_blocking) for micro_batch in self.micro_batches)
+        return replace(self, micro_batches=moved)
 
 
 class PairSource(Protocol):
@@ -162,8 +168,9 @@ def build_global_batch(
     pad_id: int,
     multiple: int = 1,
     uniform: bool = False,
+    split: str = "train",
 ) -> GlobalBatch:
-    """Read and collate this rank's share of one step's `indices`.
+    """Read and collate this rank's share of one step's `indices` into `split`.
 
     `uniform` gives all micro-batches of the rank one rows × S shape, which pipeline stages need to size their receive
     buffers: rows = 2 × micro_batch_size, S = the rank's longest sequence rounded up to `multiple`. Otherwise each
@@ -181,9 +188,8 @@ def build_global_batch(
     if uniform:
         length = max([1, *(pair.longest for group in groups for pair in group)])
         rows = 2 * micro_batch_size
-    return GlobalBatch(
-        tuple(collate(group, pad_id=pad_id, length=length, multiple=multiple, rows=rows) for group in groups)
-    )
+    micro_batches = (collate(group, pad_id=pad_id, length=length, multiple=multiple, rows=rows) for group in groups)
+    return GlobalBatch(tuple(micro_batches), split)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 # A call of the tokenizer gets at most this many pairs or, for long texts, about this many characters.
 CHUNK_PAIRS = 512
 CHUNK_CHARACTERS = 500_000
+# Rows of an index that are looked at together, so that what is computed on the way stays small.
+GATHERED_ROWS = 65_536
 # Smaller files are done before a progress bar could be read.
 BAR_FROM_BYTES = 4_000_000
 
@@ -228,6 +230,12 @@ class PairDataset:
         parts = [(store.meta.fingerprint, shard.start, shard.stop) for shard, store in shards]
         return hashlib.sha256(json.dumps([parts, self.prepared.weights]).encode()).hexdigest()
 
+    @property
+    def is_part(self) -> bool:
+        """Whether the split leaves pairs of its files to other splits."""
+        shards = zip(self.prepared.shards, self._stores, strict=True)
+        return any(shard.size < store.meta.pairs for shard, store in shards)
+
     def tallies(self) -> list[tuple[str, Tally]]:
         """(file, tally) of each file, as a whole also where the split is a part of it."""
         return [(s.file, store.meta.tally) for s, store in zip(self.prepared.shards, self._stores, strict=True)]
@@ -243,7 +251,13 @@ class PairDataset:
 
     def _gather(self, read: Callable[[Store, slice], npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
         shards = zip(self._stores, self.prepared.shards, strict=True)
-        columns = np.concatenate([read(store, slice(shard.start, shard.stop)) for store, shard in shards])
+        columns = np.concatenate(
+            [
+                read(store, slice(row, min(row + GATHERED_ROWS, shard.stop)))
+                for store, shard in shards
+                for row in range(shard.start, shard.stop, GATHERED_ROWS)
+            ]
+        )
         return columns if self._order is None else columns[self._order]
 
     def _locate(self, index: int) -> tuple[int, int]:

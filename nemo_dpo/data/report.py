@@ -58,6 +58,7 @@ class DataReport:
     """The figures of one split. `dropped`, `changed` and `noted` are about whole files, also where it is a part."""
 
     name: str
+    part_of_files: bool
     pairs: int
     tokens: int  # of all sequences, prompt and response, without padding
     files: list[tuple[str, int]]  # file, pairs of the split that come from it
@@ -75,10 +76,13 @@ class DataReport:
     def render(self) -> str:
         """The report as lines of text, at most about 120 columns wide."""
         found = [("dropped", self.dropped), ("changed", self.changed), ("noted", self.noted)]
+        findings = [line for title, group in found for line in _finding_lines(title, group)]
+        if findings and self.part_of_files:
+            findings.insert(0, "  of the whole files, of which this split is a part:")
         lines = [
             f"{self.name}: {self.pairs:,} pairs, {self.tokens:,} tokens, {self.cost.response:,} of them in responses",
             *(f"  {file}  {pairs:,} pairs" for file, pairs in self.files),
-            *(line for title, findings in found for line in _finding_lines(title, findings)),
+            *findings,
             *self._length_lines(),
             *self._ending_lines(),
             *self._cost_lines(),
@@ -109,7 +113,7 @@ class DataReport:
 
 def make_report(name: str, dataset: PairDataset, tokenizer: Tokenizer, micro_batch_size: int) -> DataReport:
     """The report of an open split; reads the index and each response's last token, not the other tokens."""
-    lengths = dataset.lengths().astype(np.int64)
+    lengths = dataset.lengths()
     prompt, chosen, rejected = lengths.T
     cost = _cost(lengths, micro_batch_size)
     ids, counts = np.unique(dataset.last_tokens(), return_counts=True)
@@ -118,6 +122,7 @@ def make_report(name: str, dataset: PairDataset, tokenizer: Tokenizer, micro_bat
     files = [shard.file for shard in dataset.prepared.shards]
     return DataReport(
         name=name,
+        part_of_files=dataset.is_part,
         pairs=len(dataset),
         tokens=cost.packed,
         files=list(zip(files, dataset.prepared.pairs_per_shard, strict=True)),
@@ -141,17 +146,18 @@ def _lengths(tokens: npt.NDArray[Any]) -> Lengths:
     return Lengths(int(tokens.min()), float(median), float(tokens.mean()), float(p95), int(tokens.max()))
 
 
-def _cost(lengths: npt.NDArray[np.int64], micro_batch_size: int) -> Cost:
+def _cost(lengths: npt.NDArray[np.int32], micro_batch_size: int) -> Cost:
     prompt, chosen, rejected = lengths.T
     longest = prompt + np.maximum(chosen, rejected)
     starts = np.arange(0, len(longest), micro_batch_size)
-    rows = 2 * np.diff([*starts, len(longest)])
-    response = int((chosen + rejected).sum())
+    rows = 2 * np.diff(starts, append=len(longest))
+    response = int((chosen + rejected).sum(dtype=np.int64))
+    prompts = int(prompt.sum(dtype=np.int64))
     return Cost(
         micro_batch_size=micro_batch_size,
         padded=int((rows * np.maximum.reduceat(longest, starts)).sum()),
-        packed=2 * int(prompt.sum()) + response,
-        shared=int(prompt.sum()) + response,
+        packed=2 * prompts + response,
+        shared=prompts + response,
         response=response,
     )
 

@@ -108,7 +108,15 @@ def limit_batches(batches: int, limit: int | float | None) -> int:
         return min(batches, limit)
     if not 0.0 <= limit <= 1.0:
         raise DataError(f"a limit of {limit} batches is not a share from 0.0 to 1.0: write a whole number as an int")
-    if limit == 0.0 or batches == 0:
-        return 0
+    return 0 if limit == 0.0 or batches == 0 else _share(batches, limit)
+
+
+def interval_in_steps(interval: int | float, steps_per_epoch: int) -> int:
+    """An interval in steps: an int is their number, a float a share of an epoch."""
+    return interval if isinstance(interval, int) else _share(steps_per_epoch, interval)
+
+
+def _share(batches: int, share: float) -> int:
+    """Rounded down, and at least one."""
     # 0.29 × 100 is 28.999… in floating point; the share means 29.
-    return max(1, math.floor(batches * limit + 1e-9))
+    return max(1, math.floor(batches * share + 1e-9))

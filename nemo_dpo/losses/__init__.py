@@ -3,7 +3,6 @@
 from nemo_dpo.losses.objective import PREFERENCE_LOSSES, Objective, ObjectiveOptions, ObjectiveOutput, build_objective
 from nemo_dpo.losses.types import (
     BatchContext,
-    Loss,
     LossConstants,
     LossSum,
     PairStats,
@@ -14,7 +13,6 @@ from nemo_dpo.losses.types import (
 __all__ = [
     "PREFERENCE_LOSSES",
     "BatchContext",
-    "Loss",
     "LossConstants",
     "LossSum",
     "Objective",

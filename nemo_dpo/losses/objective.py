@@ -13,7 +13,7 @@ from nemo_dpo.losses.preference import dpo, ipo, rpo_bwd_kl, rpo_fwd_kl, rpo_sq
 from nemo_dpo.losses.sft import sft
 from nemo_dpo.losses.types import BatchContext, LossConstants, LossSum, PairStats, PreferenceLoss, sum_over_pairs
 
-# The values of model.dpo.preference_loss. A new loss is a function beside these and a line here.
+# The values of model.dpo.preference_loss. A new loss is a function beside these, a line here, a name in config.limits.
 PREFERENCE_LOSSES: Mapping[str, PreferenceLoss] = MappingProxyType(
     {
         "dpo": dpo,
@@ -50,7 +50,7 @@ class ObjectiveOutput(NamedTuple):
     total: Tensor  # preference_loss_weight · preference + sft_loss_weight · sft: what is differentiated
     preference: Tensor  # Σ preference loss, unweighted; 0 where its weight is 0
     sft: Tensor  # Σ SFT term, unweighted; 0 where its weight is 0
-    weight: Tensor  # number of pairs, float: what the all-reduced sums are to be divided by
+    weight: Tensor  # what the all-reduced sums are divided by, for the gradients and for the figures
     chosen_log_ratio: Tensor  # [P] r as the preference loss saw it, summed or averaged over tokens, without gradient
     rejected_log_ratio: Tensor  # [P]
 
@@ -90,21 +90,7 @@ class Objective:
 
 
 def build_objective(options: ObjectiveOptions) -> Objective:
-    """The objective that `model.dpo` asks for.
-
-    Raises:
-        ValueError: no such preference loss, or both weights are 0.
-    """
-    if options.preference_loss not in PREFERENCE_LOSSES:
-        raise ValueError(
-            f"model.dpo.preference_loss={options.preference_loss!r} is not known; "
-            f"choose one of {', '.join(PREFERENCE_LOSSES)}"
-        )
-    if not options.preference_loss_weight and not options.sft_loss_weight:
-        raise ValueError(
-            "model.dpo.preference_loss_weight and model.dpo.sft_loss_weight are both 0: there is nothing to minimise; "
-            "make one of them positive"
-        )
+    """The objective that `model.dpo` asks for, whose values `config.check` has judged."""
     return Objective(
         preference_loss=PREFERENCE_LOSSES[options.preference_loss],
         constants=LossConstants(options.ref_policy_kl_penalty, options.gt_reward_scale),

@@ -67,10 +67,9 @@ class LossSum(NamedTuple):
     """A loss over a micro-batch. Nobody divides here: sums and weights add up over micro-batches and ranks first."""
 
     sum: Tensor  # scalar, Σ over pairs
-    weight: Tensor  # scalar of the sum's dtype: what the all-reduced sum is to be divided by
+    weight: Tensor  # scalar of the sum's dtype, not negative: what the all-reduced sum is to be divided by
 
 
-Loss = Callable[[PairStats, BatchContext], LossSum]
 PreferenceLoss = Callable[[PairStats, BatchContext, LossConstants], LossSum]
 
 

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from nemo_dpo.lora.linear import LoraColumnParallelLinear, LoraRowParallelLinear
 from nemo_dpo.model.architecture import Architecture
 from nemo_dpo.model.gpt import ResponseGPT
 from nemo_dpo.model.layers import CausalAttention, Norm
@@ -91,6 +92,7 @@ def transformer_config(arch: Architecture, groups: Groups, options: BuildOptions
         gated_linear_unit=arch.gated,
         add_bias_linear=arch.linear_bias,
         add_qkv_bias=arch.qkv_bias,
+        rotary_interleaved=arch.rotary_interleaved,
         hidden_dropout=arch.hidden_dropout if options.hidden_dropout is None else options.hidden_dropout,
         attention_dropout=arch.attention_dropout if options.attention_dropout is None else options.attention_dropout,
         tensor_model_parallel_size=layout.tp,
@@ -122,13 +124,16 @@ def transformer_config(arch: Architecture, groups: Groups, options: BuildOptions
 def layer_specs(
     arch: Architecture, config: TransformerConfig, options: BuildOptions, vp_stage: int | None
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """Transformer Engine's layers, or megatron-core's local ones with the two parts of `model.layers`."""
+    """Transformer Engine's layers, or megatron-core's local ones with the parts of `model.layers` and `lora.linear`."""
     if options.transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec()
     layer = get_gpt_layer_local_spec(normalization=arch.normalization)
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm
-    layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention.core_attention = CausalAttention
+    attention.linear_qkv, attention.linear_proj = LoraColumnParallelLinear, LoraRowParallelLinear
+    mlp.linear_fc1, mlp.linear_fc2 = LoraColumnParallelLinear, LoraRowParallelLinear
     count = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -12,6 +12,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from nemo_dpo.lora.adapters import sharded as sharded_adapter
+from nemo_dpo.lora.spec import POLICY
 from nemo_dpo.parallel.vocab_logps import mean_logits, vocab_parallel_logps
 
 
@@ -31,6 +33,16 @@ class ResponseGPT(GPTModel):
 
     real_vocab_size: int
     logps_chunk: int
+    frozen_base = False
+
+    def freeze_base(self) -> None:
+        """From here on adapter `POLICY` is what is trained and saved."""
+        self.requires_grad_(False)
+        self.frozen_base = True
+
+    def sharded_trainable(self, prefix: str = "") -> dict[str, Any]:
+        """What is trained, as megatron-core's sharded tensors, keys in the checkpoint behind `prefix`."""
+        return sharded_adapter(self, POLICY, prefix) if self.frozen_base else self.sharded_state_dict(prefix=prefix)
 
     def forward(
         self, tokens: Tensor, position_ids: Tensor, response_positions: Tensor, targets: Tensor
@@ -64,6 +76,9 @@ class ResponseGPT(GPTModel):
 
     def _decode(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
         start, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=position_ids)
+        if self.pre_process and self.frozen_base and torch.is_grad_enabled():
+            # Recomputed layers and pipeline stages pass a gradient on only if their input asks for one.
+            start = start.detach().requires_grad_()
         return self.decoder(hidden_states=start, attention_mask=None, rotary_pos_emb=rotary)
 
     def _token_logps(self, hidden: Tensor, targets: Tensor) -> TokenLogps:

@@ -6,12 +6,15 @@ neither. With Transformer Engine installed neither is used.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from nemo_dpo.parallel.groups import drawing_apart
 
 
 class Norm(nn.Module):
@@ -63,6 +66,7 @@ class CausalAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.sequence_parallel = config.sequence_parallel
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object) -> Tensor:
@@ -70,7 +74,10 @@ class CausalAttention(nn.Module):
         if attention_mask is not None:
             raise ValueError("CausalAttention takes no mask: rows are right-padded and attention is causal")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, enable_gqa=True, dropout_p=self.dropout if self.training else 0.0
-        )
+        dropout = self.dropout if self.training else 0.0
+        # Each tp rank has heads of its own.
+        with drawing_apart(self.sequence_parallel) if dropout else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.scale, enable_gqa=True, dropout_p=dropout
+            )
         return out.permute(2, 0, 1, 3).flatten(2)

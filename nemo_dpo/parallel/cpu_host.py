@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import logging
 from types import CodeType
 from typing import Any
 
@@ -126,3 +127,5 @@ def _answer_for_the_host() -> None:
     clip_grads.l2_norm_impl = _l2_norm
     tp_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     tp_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    # The host has one generator: that it changes where the device's is meant to is no reason to warn, at every layer.
+    logging.getLogger(tp_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())

@@ -1,7 +1,7 @@
 """The model, its gradients and its optimizer on this rank, driven by megatron-core.
 
-Scaling has one owner, this module: a loss is a sum over pairs and comes with their number; megatron-core adds the sums
-of all micro-batches and ranks and divides the gradients once, by the all-reduced number of pairs.
+Scaling has one owner, this module: a loss is a sum and comes with a weight (every pair's is 1, unless a loss says
+otherwise); the gradients of all micro-batches and ranks are added and divided once, by the all-reduced weight.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,12 +25,17 @@ from nemo_dpo.config.schema import OptimConfig
 from nemo_dpo.parallel import mcore_repairs
 from nemo_dpo.parallel.groups import Groups
 
-# (iterator over micro-batches, chunk) → (what the chunk returned, output → (sum, number of pairs, what to collect))
-ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Any, Callable[[Any], tuple[Tensor, Tensor, Any]]]]
+# What a chunk returned → (sum, weight, what to collect)
+Reduce = Callable[[Any], tuple[Tensor, Tensor, Any]]
+# (iterator over micro-batches, chunk) → (what the chunk returned, what becomes of it on the last stage)
+ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Any, Reduce]]
 
 # How megatron-core lays out the distributed optimizer's state in a checkpoint: the one way in 0.16 that may be loaded
 # under another tp, pp and dp.
 CHECKPOINT_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+NO_TOKENS = torch.zeros((), dtype=torch.int)
 
 
 class MicroBatchLike(Protocol):
@@ -43,7 +49,8 @@ class Engine:
     """Chunks of the model under megatron-core's DDP, with its optimizer and schedules.
 
     Attributes:
-        chunks: the bare model chunks of this pipeline rank, parameters loaded before construction.
+        chunks: the bare model chunks of this pipeline rank, parameters loaded before construction; those that do not
+            ask for a gradient stay as they are.
         optimizer: megatron-core's; its fp32 master copies are made at construction.
     """
 
@@ -52,6 +59,7 @@ class Engine:
     ) -> None:
         self.chunks = list(chunks)
         self.groups = groups
+        self._weight = torch.zeros((), dtype=torch.float64, device=groups.device)  # of the batch in progress
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=is_distributed(optim)
         )
@@ -61,13 +69,20 @@ class Engine:
             )
             for number, chunk in enumerate(self.chunks)
         ]
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = self._divide_by_weight
         self.optimizer = get_megatron_optimizer(optimizer_config(optim, config), self._ddp)
         for part in self.optimizer.chained_optimizers:
             mcore_repairs.repair_optimizer(part)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] *= group["wd_mult"]  # 0 for norms and biases; left to a scheduler of megatron-core's
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters of this rank that updates change."""
+        return [p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad]
 
     def forward_backward(self, micro_batches: Sequence[MicroBatchLike], step: ForwardStep) -> list[Any]:
-        """Leave the gradient of sum / pairs of the global batch; return what `step` collected (last stage)."""
+        """Leave the gradient of sum / weight of the global batch; return what `step` collected (last stage)."""
         for ddp in self._ddp:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -108,9 +123,10 @@ class Engine:
         forward_only: bool,
     ) -> list[Any]:
         rows, length = micro_batches[0].tokens.shape
+        self._weight.zero_()
         iterators = [iter(micro_batches) for _ in models]
         return get_forward_backward_func()(
-            forward_step_func=step,
+            forward_step_func=self._weighed(step),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=list(models),
             num_microbatches=len(micro_batches),
@@ -119,9 +135,27 @@ class Engine:
             forward_only=forward_only,
         )
 
+    def _weighed(self, step: ForwardStep) -> ForwardStep:
+        """`step`, its weights added up here: megatron-core counts tokens, and in integers only."""
+
+        def weighed(iterator: Iterator[Any], chunk: nn.Module) -> tuple[Any, Reduce]:
+            output, reduce = step(iterator, chunk)
+
+            def note(output: Any) -> tuple[Tensor, Tensor, Any]:
+                total, weight, collected = reduce(output)
+                self._weight += weight.detach()
+                return total, NO_TOKENS, collected
+
+            return output, note
+
+        return weighed
+
+    def _divide_by_weight(self, chunks: list[Any], _tokens: Tensor, **groups: Any) -> None:
+        finalize_model_grads(chunks, self._weight, **groups)
+
     def sharded_weights(self, prefix: str = "") -> dict[str, Any]:
-        """Parameters as megatron-core's sharded tensors, one entry a chunk, keys in TE-style names behind `prefix`."""
-        return {f"model{n}": chunk.sharded_state_dict(prefix=prefix) for n, chunk in enumerate(self.chunks)}
+        """What is trained as megatron-core's sharded tensors, one entry a chunk; keys are behind `prefix`."""
+        return {f"model{n}": chunk.sharded_trainable(prefix) for n, chunk in enumerate(self.chunks)}
 
     def sharded_optimizer(self, weights: dict[str, Any], *, loading: bool = False) -> Any:
         """The optimizer's state for the `weights` that `sharded_weights` gave."""
@@ -130,25 +164,49 @@ class Engine:
                 mcore_repairs.fill_state(part)
         return self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=CHECKPOINT_LAYOUT)
 
-    def refine_masters(self, weights: Sequence[Sequence[Tensor]]) -> None:
-        """Start the optimizer's fp32 master copies from `weights`, of which the parameters are a rounded copy.
+    def refine_masters(self, parameters: Sequence[nn.Parameter], exact: Sequence[Tensor]) -> None:
+        """Start the fp32 master copies of `parameters` from `exact`, of which the parameters are rounded copies.
 
         Masters made from bf16 parameters all start half a rounding step away from any change, so that the first
         updates of a small learning rate are lost; the parameters themselves stay as they are.
         """
-        with weights_swapped(self.chunks, weights):
-            self.optimizer.reload_model_params()
+        for parameter, tensor in zip(parameters, exact, strict=True):
+            # In fp32 a parameter is its own master; of a sharded one this rank may hold nothing.
+            if parameter.dtype is torch.float32:
+                continue
+            master: Tensor | None = parameter.main_param  # type: ignore[attr-defined]
+            if master is not None:
+                master.data.copy_(tensor.view(-1)[self._owned(parameter)].view_as(master))
+
+    def _owned(self, parameter: nn.Parameter) -> slice:
+        """The part of a flattened parameter whose master is on this rank."""
+        for part in self.optimizer.chained_optimizers:
+            if isinstance(part, DistributedOptimizer) and parameter in part.model_param_gbuf_map:
+                owned = part._get_model_param_range_map(parameter)["param"]
+                return slice(owned.start, owned.end)
+        return slice(None)
 
     def load_weights(self, state: dict[str, Any]) -> None:
         """Take over what `sharded_weights` named, once it is filled."""
         for n, chunk in enumerate(self.chunks):
-            chunk.load_state_dict(state[f"model{n}"])
+            chunk.load_state_dict(state[f"model{n}"], strict=not chunk.frozen_base)
 
     def load_optimizer(self, state: Any) -> None:
-        """Take over what `sharded_optimizer(loading=True)` named, once it is filled."""
+        """Take over what `sharded_optimizer(loading=True)` named, once it is filled: the moments and their step.
+
+        Learning rate, weight decay and the other options stay those of this start's configuration.
+        """
+        own = [_options(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
+        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(options)
         for part in self.optimizer.chained_optimizers:
             mcore_repairs.separate_steps(part)
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    # Optimizers with fused kernels count their steps in the group.
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
 @contextlib.contextmanager
@@ -165,21 +223,23 @@ def evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def weights_swapped(chunks: Sequence[nn.Module], weights: Sequence[Sequence[Tensor]]) -> Iterator[None]:
-    """The parameters of `chunks` point at `weights` inside, at their own storage again afterwards; no copies."""
-    own = [[p.data for p in chunk.parameters()] for chunk in chunks]
+def weights_swapped(parameters: Sequence[nn.Parameter], weights: Sequence[Tensor]) -> Iterator[None]:
+    """`parameters` point at `weights` inside, at their own storage again afterwards; no copies.
+
+    Once an `Engine` has them, only at weights of the same dtype: another makes autograd forget the hooks by which
+    megatron-core collects gradients.
+    """
+    own = [parameter.data for parameter in parameters]
     try:
-        _point(chunks, weights)
+        _point(parameters, weights)
         yield
     finally:
-        _point(chunks, own)
+        _point(parameters, own)
 
 
-def _point(chunks: Sequence[nn.Module], storages: Sequence[Sequence[Tensor]]) -> None:
-    with torch.no_grad():
-        for chunk, tensors in zip(chunks, storages, strict=True):
-            for parameter, tensor in zip(chunk.parameters(), tensors, strict=True):
-                parameter.data = tensor
+def _point(parameters: Sequence[nn.Parameter], storages: Sequence[Tensor]) -> None:
+    for parameter, tensor in zip(parameters, storages, strict=True):
+        parameter.data = tensor
 
 
 def is_distributed(optim: OptimConfig) -> bool:

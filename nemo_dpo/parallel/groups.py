@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,12 @@ def initialize(layout: Layout, device: torch.device, seed: int) -> Groups:
     torch.manual_seed(own_seed)
     model_parallel_cuda_manual_seed(own_seed, force_reset_rng=True)
     return groups
+
+
+def drawing_apart(sequence_parallel: bool) -> contextlib.AbstractContextManager[None]:
+    """Inside a layer: the tp ranks, which hold different parts of a tensor, draw different numbers for it.
+
+    Under sequence parallelism megatron-core sees to that around all layers. A fork within its fork would be forgotten
+    by recompute, which then draws other masks than the forward pass.
+    """
+    return contextlib.nullcontext() if sequence_parallel else get_cuda_rng_tracker().fork()

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nemo_dpo.data.batch import MicroBatch
 from nemo_dpo.logprobs import segment_sum
 
-# (micro-batch, per-response log-probs [N], per-response sums of mean logits [N]) → (sum, number of pairs, to collect)
+# (micro-batch, per-response log-probs [N], per-response sums of mean logits [N]) → (sum, weight, to collect)
 ResponseLoss = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Tensor, Any]]
 
 
@@ -31,6 +30,4 @@ def forward_responses(
 
 def collect_logps(iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Any, Callable[[Any], Any]]:
     """A forward step without a loss: collects the log-probs [N] of each micro-batch."""
-    return forward_responses(
-        iterator, chunk, lambda _, logps, __: (logps.sum(), torch.zeros((), dtype=torch.int), logps)
-    )
+    return forward_responses(iterator, chunk, lambda _, logps, __: (logps.sum(), logps.new_zeros(()), logps))

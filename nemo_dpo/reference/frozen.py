@@ -23,16 +23,19 @@ class Reference(Protocol):
 
 
 class FrozenReference:
-    """The policy's modules run on a second set of weights, taken when this object is made.
+    """The policy's modules run on a second set of what is trained, taken when this object is made.
 
-    There is one model and one code path: at the first step policy and reference log-probs are equal bitwise.
+    There is one model and one code path: at the first step policy and reference log-probs are equal bitwise. The copy
+    of a model on a GPU waits in pinned host memory and is on the device during its pass only, when no activations are.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._weights = [[p.detach().clone() for p in chunk.parameters()] for chunk in engine.chunks]
+        on_host = engine.groups.device.type == "cpu"
+        self._weights = [p.detach().clone() if on_host else p.detach().cpu().pin_memory() for p in engine.trainable]
 
     def logps(self, batch: GlobalBatch) -> list[Tensor]:
         """See `Reference.logps`."""
-        with weights_swapped(self._engine.chunks, self._weights):
+        weights = [weight.to(self._engine.groups.device, non_blocking=True) for weight in self._weights]
+        with weights_swapped(self._engine.trainable, weights):
             return self._engine.forward_only(batch.micro_batches, collect_logps)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import shutil
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from nemo_dpo.checkpoint import sharded
+from nemo_dpo.config.checkpoint_names import checkpoint_name
 from nemo_dpo.config.exp_manager import CheckpointCallbackParams
 from nemo_dpo.data.sampler import PairSampler
 from nemo_dpo.training import signals
@@ -57,7 +56,7 @@ class Cadence(Callback):
         validation: Batches | None,
         keeper: CheckpointKeeper | None,
         time_limit: signals.TimeLimit,
-        after_save: Callable[[PreferenceModule], object] | None = None,
+        after_save: Callable[[], object] | None = None,
     ) -> None:
         self._rhythm = rhythm
         self._validation = validation
@@ -85,7 +84,7 @@ class Cadence(Callback):
         if self._keeper and (step % rhythm.save_interval == 0 or last or self.stop_reason):
             self._keeper.save(trainer, {**self._latest, "step": step, **rhythm.position(step)})
             if self._after_save and not last:  # at the end `finish` exports
-                self._after_save(pl_module)
+                self._after_save()
         if self.stop_reason:
             logger.warning("stopping after step %d: %s", step, self.stop_reason)
             trainer.should_stop = True
@@ -166,15 +165,6 @@ class CheckpointKeeper:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See state_dict."""
         self._scores = dict(state["scores"])
-
-
-def checkpoint_name(template: str, values: dict[str, float]) -> str:
-    """A template like `gpt--{val_loss:.3f}-{step}` → `gpt--val_loss=0.512-step=100`, as Lightning writes names.
-
-    Before the first validation its metrics count as 0.
-    """
-    named = re.sub(r"\{(\w+)", r"\1={\1", template)
-    return named.format_map(defaultdict(float, values))
 
 
 def _remove(folder: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from nemo_dpo.config import Config, Source, data_sources
 from nemo_dpo.data.batch import GlobalBatch, build_global_batch
 from nemo_dpo.data.dataset import PairDataset, PreparedSplit, open_split, prepare_split
 from nemo_dpo.data.report import make_report
-from nemo_dpo.data.sampler import PairSampler, validation_batches
+from nemo_dpo.data.sampler import PairSampler, interval_in_steps, validation_batches
 from nemo_dpo.data.tokenize import Tokenizer
-from nemo_dpo.data.types import DataError, DataOptions
+from nemo_dpo.data.types import DataOptions
 from nemo_dpo.parallel.collective import on_rank_zero
 from nemo_dpo.parallel.groups import Groups
+from nemo_dpo.reference.cached import Pairs
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 class Batches(Dataset[GlobalBatch]):
     """Global batches by number, read and collated when asked for."""
 
+    split: str
     dataset: PairDataset
     pairs_of: Callable[[int], Sequence[int]]
     length: int
@@ -40,7 +43,7 @@ class Batches(Dataset[GlobalBatch]):
     def __getitem__(self, number: int) -> GlobalBatch:
         if not 0 <= number < self.length:
             raise IndexError(number)  # which also ends a for loop
-        return build_global_batch(self.dataset, self.pairs_of(number), **self.options)
+        return build_global_batch(self.dataset, self.pairs_of(number), split=self.split, **self.options)
 
 
 class PairData:
@@ -66,10 +69,7 @@ class PairData:
         )
         steps = self.sampler.steps_per_epoch * limits.max_epochs
         self.max_steps = steps if limits.max_steps == -1 else min(steps, limits.max_steps)
-        interval = limits.val_check_interval
-        self.validation_interval = (
-            interval if isinstance(interval, int) else max(1, math.floor(interval * self.sampler.steps_per_epoch))
-        )
+        self.validation_interval = interval_in_steps(limits.val_check_interval, self.sampler.steps_per_epoch)
         self._options = _batch_options(cfg, pad_id, groups)
 
     @classmethod
@@ -87,7 +87,7 @@ class PairData:
 
     def train_loader(self, start: Callable[[], int]) -> DataLoader[GlobalBatch]:
         """All steps from `start()` on, which is asked when iteration begins: after a resume is restored."""
-        batches = Batches(self._datasets["train"], self.sampler.batch, self.max_steps, self._options)
+        batches = Batches("train", self._datasets["train"], self.sampler.batch, self.max_steps, self._options)
         # Its own generator: an iterator draws a seed, and the default one is dropout's, restored just before.
         generator = torch.Generator()
         return DataLoader(batches, batch_size=None, sampler=_StepsFrom(start, self.max_steps), generator=generator)
@@ -100,7 +100,18 @@ class PairData:
         numbers = validation_batches(
             len(dataset), self._cfg.model.global_batch_size, self._cfg.trainer.dpo.limit_val_batches
         )
-        return Batches(dataset, numbers.__getitem__, len(numbers), self._options)
+        return Batches(split, dataset, numbers.__getitem__, len(numbers), self._options)
+
+    def pairs(self) -> dict[str, Pairs]:
+        """Every pair of every split, for a pass over them in any order."""
+        return {
+            split: Pairs(
+                len(dataset),
+                dataset.fingerprint,
+                partial(build_global_batch, dataset, split=split, **self._options),
+            )
+            for split, dataset in self._datasets.items()
+        }
 
     def _show_reports(self, tokenizer: Tokenizer, log_dir: Path) -> None:
         for split, dataset in self._datasets.items():
@@ -108,31 +119,25 @@ class PairData:
             logger.info("%s", report.render())
             (log_dir / f"data_{split}.json").write_text(report.to_json() + "\n", encoding="utf-8")
 
-    def progress(self, step: int) -> dict[str, Any]:
-        """What a resume must find unchanged, and where it goes on."""
+    def position(self, step: int) -> dict[str, int]:
+        """Where the data are after `step` updates."""
         return {
             "step": step,
             "epoch": self.sampler.epoch(step),
             "consumed_samples": self.sampler.consumed_pairs(step),
-            "train_pairs": len(self._datasets["train"]),
-            "train_data": self._datasets["train"].fingerprint,
-            "global_batch_size": self._cfg.model.global_batch_size,
-            "seed": self._cfg.model.seed,
         }
 
-    def check_unchanged(self, progress: dict[str, Any]) -> None:
-        """Refuse to go on where the order of the pairs would not be the one that the checkpoint was trained in.
-
-        Raises:
-            DataError: naming what changed.
-        """
-        now = self.progress(progress["step"])
-        for key in ("train_data", "train_pairs", "global_batch_size", "seed"):
-            if key in progress and progress[key] != now[key]:
-                raise DataError(
-                    f"cannot resume: {key} was {progress[key]} when the checkpoint was written and is {now[key]}; "
-                    "restore it, or start in another exp_manager.explicit_log_dir"
-                )
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the training pairs and their order."""
+        return {
+            "train_data": self._datasets["train"].fingerprint,
+            "train_pairs": len(self._datasets["train"]),
+            "global_batch_size": self._cfg.model.global_batch_size,
+            "seed": self._cfg.model.seed,
+            "shuffle": self._cfg.model.data.shuffle,
+            "steps_per_epoch": self.sampler.steps_per_epoch,
+        }
 
 
 class _StepsFrom(Sampler[int]):

@@ -42,6 +42,7 @@ class PreferenceModule(LightningModule):
         optim: OptimConfig,
         *,
         clip_grad: float,
+        first_step: int,
         max_steps: int,
     ) -> None:
         super().__init__()
@@ -52,6 +53,7 @@ class PreferenceModule(LightningModule):
         self._objective = objective
         self._optim = optim
         self._clip_grad = clip_grad
+        self._first_step = first_step
         self._max_steps = max_steps
         self.metrics: Metrics = {}
         self.progress: Callable[[], dict[str, Any]] = dict
@@ -59,14 +61,19 @@ class PreferenceModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """megatron-core's optimizer behind a handle, and the schedule that steers it."""
         handle = OptimizerHandle(self.engine, self._clip_grad)
-        return {"optimizer": handle, "lr_scheduler": build_scheduler(handle, self._optim, self._max_steps)}
+        scheduler = build_scheduler(handle, self._optim, self._first_step, self._max_steps)
+        return {"optimizer": handle, "lr_scheduler": scheduler}
 
     def transfer_batch_to_device(self, batch: GlobalBatch, device: torch.device, dataloader_idx: int) -> GlobalBatch:
         """To the device of the model, which Lightning does not know."""
         return batch.to(self.engine.groups.device, non_blocking=True)
 
     def training_step(self, batch: GlobalBatch, batch_idx: int) -> None:
-        """Reference pass, forward and backward, update, schedule; leaves `metrics`."""
+        """Reference pass, forward and backward, update, schedule; leaves `metrics`.
+
+        Raises:
+            FloatingPointError: loss or gradient norm is NaN or infinite, named with the step. No parameter has changed.
+        """
         start = time.perf_counter()
         handle, scheduler = self.optimizers().optimizer, self.lr_schedulers()
         rate = handle.param_groups[0]["lr"]
@@ -77,7 +84,10 @@ class PreferenceModule(LightningModule):
             raise FloatingPointError(
                 f"the loss of step {self.trainer.global_step} is {metrics['loss']}; no parameter was changed"
             )
-        self.optimizers().step()
+        try:
+            self.optimizers().step()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {self.trainer.global_step}: {error}") from error
         scheduler.step()
         seconds = time.perf_counter() - start
         self.metrics = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
@@ -21,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from nemo_dpo.config import Config, ConfigError, to_yaml
 from nemo_dpo.config.exp_manager import ExpManagerConfig, nemo_options
+from nemo_dpo.parallel.collective import on_rank_zero
 
 PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "lightning", "transformers", "transformer-engine", "nemo_dpo")
 METRICS_FILE = "metrics.jsonl"
@@ -46,10 +48,13 @@ def log_dir_of(cfg: ExpManagerConfig) -> Path:
 
 
 def save_run_facts(cfg: Config, log_dir: Path) -> None:
-    """The effective configuration, the git revision and the package versions, beside the checkpoints."""
+    """The effective configuration, the git revision and the package versions, beside the checkpoints.
+
+    A later start writes its own and keeps the earlier ones, the oldest as config_1.yaml and versions_1.json.
+    """
     folder = log_dir / "run"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+    _write_beside_earlier(folder / "config.yaml", to_yaml(cfg))
     versions = {name: metadata.version(name) for name in PACKAGES if _installed(name)}
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
@@ -58,7 +63,20 @@ def save_run_facts(cfg: Config, log_dir: Path) -> None:
         check=False,
     )
     facts = {"python": sys.version.split()[0], "git": git.stdout.strip() or None, "packages": versions}
-    (folder / "versions.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    _write_beside_earlier(folder / "versions.json", json.dumps(facts, indent=1) + "\n")
+
+
+def _write_beside_earlier(path: Path, text: str) -> None:
+    """What an earlier start wrote there stays, under another name, if it differs."""
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        _set_aside(path)
+    path.write_text(text, encoding="utf-8")
+
+
+def _set_aside(path: Path) -> None:
+    """Rename to the first free of <stem>_1, <stem>_2 …"""
+    names = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
+    path.rename(next(name for name in names if not name.exists()))
 
 
 def _installed(name: str) -> bool:
@@ -78,7 +96,7 @@ def attach_loggers(trainer: Trainer, cfg: ExpManagerConfig, log_dir: Path, resum
 
     options = nemo_options(cfg)
     if cfg.create_wandb_logger:
-        identity = {"id": _wandb_id(log_dir), "resume": "allow"}
+        identity = {"id": on_rank_zero(lambda: _wandb_id(log_dir)), "resume": "allow"}
         options["wandb_logger_kwargs"] = {**identity, **(cfg.wandb_logger_kwargs or {})}
     # In a folder of its own: at each start exp_manager moves the files that it finds there to run_N.
     exp_manager(trainer, {**options, "explicit_log_dir": str(log_dir / "logs")})
@@ -117,7 +135,8 @@ def _wandb_id(log_dir: Path) -> str:
 class JsonlLogger(Logger):
     """One JSON object a line: step and metrics.
 
-    A resumed run first drops what the interrupted one wrote after its last save.
+    A resumed run first drops what the interrupted one wrote after its last save; a run that starts afresh sets the
+    file of an earlier one aside, as metrics_1.jsonl.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -125,6 +144,8 @@ class JsonlLogger(Logger):
         self._path = path
         if rank_zero_only.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if resume_step == 0 and path.exists():
+                _set_aside(path)
             rows = [row for row in read_metrics(path) if _before(row, resume_step)] if path.exists() else []
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -159,7 +180,7 @@ def _before(row: Mapping[str, Any], resume_step: int) -> bool:
     if any(name.startswith("test/") for name in row):
         return False
     training = any(name.startswith("train/") for name in row)
-    return bool(row["step"] < resume_step if training else row["step"] <= resume_step and resume_step > 0)
+    return bool(row["step"] < resume_step if training else row["step"] <= resume_step)
 
 
 class ProgressBar(TQDMProgressBar):
@@ -169,6 +190,23 @@ class ProgressBar(TQDMProgressBar):
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1 if sys.stderr.isatty() else 10)
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """A resumed run begins where it was, and its speed is that of its own steps."""
+        # Without Lightning's "Epoch 0": its one epoch holds all epochs of the run.
+        self.train_progress_bar.reset(trainer.max_steps)
+        self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int
+    ) -> None:
+        """Count the run's steps: Lightning's number of the batch is one short after a resume."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        """Show the last step, also where a run stops between two refreshes."""
+        self.train_progress_bar.n = trainer.global_step
+        super().on_train_end()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:  # type: ignore[override]
         """loss, acc and pairs/s of the last step."""

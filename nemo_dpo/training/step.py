@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nemo_dpo.data.batch import MicroBatch
@@ -18,7 +17,7 @@ NO_CONTEXT = BatchContext()
 
 def pair_stats(batch: MicroBatch, logps: Tensor, ref_logps: Tensor) -> PairStats:
     """Per-response log-probs [N] of policy and reference → the columns of the batch's P pairs."""
-    tokens = torch.bincount(batch.response_segment, minlength=batch.num_responses).to(logps.dtype)
+    tokens = batch.response_tokens.to(logps.dtype)
     sides = [
         ResponseStats(
             logps=logps[rows],
@@ -46,6 +45,6 @@ def objective_step(
         output = objective(stats, NO_CONTEXT)
         chosen, rejected = batch.pair_segments.unbind(1)
         sums = preference_sums(stats, output, objective.beta, logit_sums[chosen], logit_sums[rejected])
-        return output.total, torch.tensor(batch.num_pairs, dtype=torch.int, device=logps.device), sums
+        return output.total, output.weight, sums
 
     return lambda iterator, chunk: forward_responses(iterator, chunk, loss)

@@ -59,7 +59,8 @@ class MegatronStrategy(DDPStrategy):
         trainer_state, progress = sharded.load(Path(checkpoint_path), self._engine)
         for handle in self.optimizers:
             handle.param_groups = self._engine.optimizer.param_groups  # the load has replaced the dictionaries
-        return {**trainer_state, "progress": progress}
+        # The schedule is built at its step, from the configuration: what it was before must not come back.
+        return {**trainer_state, "lr_schedulers": [], "progress": progress}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Done by load_checkpoint."""

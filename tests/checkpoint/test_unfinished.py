@@ -8,16 +8,23 @@ from pathlib import Path
 from nemo_dpo.checkpoint.sharded import complete_checkpoints, remove_unfinished
 
 
-def checkpoint(folder: Path, step: int) -> Path:
+def checkpoint(folder: Path, step: int, save: int = 1) -> Path:
     folder.mkdir()
-    (folder / "progress.json").write_text(json.dumps({"step": step, "layout": {}}), encoding="utf-8")
+    (folder / "progress.json").write_text(json.dumps({"step": step, "layout": {}, "save": save}), encoding="utf-8")
     return folder
 
 
-def test_complete_checkpoints_by_step_and_nothing_else(tmp_path: Path) -> None:
+def test_checkpoints_stand_in_the_order_of_their_saves(tmp_path: Path) -> None:
+    """A run that went on from step 4 of another has saved step 6 last."""
+    first, far = checkpoint(tmp_path / "a-step=4", 4, save=1), checkpoint(tmp_path / "a-step=12", 12, save=2)
+    last = checkpoint(tmp_path / "a-step=6", 6, save=3)
+    assert complete_checkpoints(tmp_path) == [first, far, last]
+
+
+def test_complete_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     """A save that was killed just before its rename has left everything, under the temporary name."""
-    newest, older = checkpoint(tmp_path / "a-step=10", 10), checkpoint(tmp_path / "b-step=9", 9)
-    checkpoint(tmp_path / "c-step=11.unfinished", 11)
+    newest, older = checkpoint(tmp_path / "a-step=10", 10, save=2), checkpoint(tmp_path / "b-step=9", 9, save=1)
+    checkpoint(tmp_path / "c-step=11.unfinished", 11, save=3)
     (tmp_path / "last").symlink_to(newest.name)
     (tmp_path / "d-step=12").mkdir()
     (tmp_path / "model.nemo").touch()
@@ -34,7 +41,7 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path:
     """A save to the name of an earlier checkpoint sets that aside first."""
     kept = checkpoint(tmp_path / "a-val_loss=0.5-step=10.replaced", 10)
     checkpoint(tmp_path / "a-val_loss=0.5-step=10.unfinished", 10)
-    done = checkpoint(tmp_path / "b-step=11", 11)
+    done = checkpoint(tmp_path / "b-step=11", 11, save=2)
     checkpoint(tmp_path / "b-step=11.replaced", 11)
     assert complete_checkpoints(tmp_path) == [done]
     remove_unfinished(tmp_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import itertools
+import math
 import os
 import signal
 import tarfile
@@ -13,6 +15,7 @@ from typing import Any
 
 from nemo_dpo import launch
 from nemo_dpo.checkpoint import sharded
+from nemo_dpo.data import DataError
 
 
 def _die(*_: Any, **__: Any) -> None:
@@ -86,6 +89,36 @@ def _kill_rank_one_in_step(module: Any) -> None:
         step(self, batch, batch_idx)
 
     module.training_step = training_step
+
+
+def refuse_on_rank_one() -> None:
+    """Rank 1 alone finds its data gone in its second step, and the other is not waited for."""
+    from nemo_dpo.training.module import PreferenceModule
+
+    launch.GRACE_SECONDS = 1.0
+    step = PreferenceModule.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1 and os.environ["RANK"] == "1":
+            raise DataError("the cache is gone")
+        step(self, batch, batch_idx)
+
+    PreferenceModule.training_step = training_step  # type: ignore[method-assign]
+
+
+def break_a_gradient() -> None:
+    """The second step has a finite loss and an infinite gradient."""
+    from nemo_dpo.parallel.engine import Engine
+
+    run, steps = Engine.forward_backward, itertools.count(1)
+
+    def forward_backward(self: Any, *args: Any) -> Any:
+        sums = run(self, *args)
+        if next(steps) == 2:
+            next(self.chunks[0].parameters()).main_grad.fill_(math.inf)
+        return sums
+
+    Engine.forward_backward = forward_backward  # type: ignore[method-assign]
 
 
 def interrupt_in_step_two() -> None:

@@ -10,7 +10,7 @@ import pytest
 from nemo_dpo.convert import hf_to_nemo
 from tests.support.tiny import write_hf_model, write_pairs
 
-# Batches of 8, 8, 8 and 1: in the last one all data-parallel ranks but one, and all micro-batches but one, are empty.
+# Batches of 8, 8, 8 and 3: in the last one a micro-batch of 2 is half full.
 TRAIN_PAIRS, VALIDATION_PAIRS, GLOBAL_BATCH = 27, 7, 8
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 from tests.cli.probes import wrap
@@ -24,6 +25,11 @@ def stop_early() -> None:
     wrap(PreferenceModule, "training_step", train)
 
 
+def own_clocks() -> None:
+    """Each rank reads another time."""
+    wrap(time, "strftime", lambda strftime, *args: f"{strftime(*args)}-{os.environ.get('RANK')}")
+
+
 def forget_rng() -> None:
     """Dropout masks start from the seed again."""
     from nemo_dpo.checkpoint import sharded
@@ -39,10 +45,10 @@ def forget_sampler() -> None:
 
 
 def forget_schedule() -> None:
-    """The learning rate of the first step, which the optimizer holds, is right; then it warms up again."""
-    from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+    """It warms up again."""
+    from nemo_dpo.training import module
 
-    _CheckpointConnector.restore_lr_schedulers = lambda self: None
+    wrap(module, "build_scheduler", lambda build, handle, optim, _first, last: build(handle, optim, 0, last))
 
 
 def forget_optimizer() -> None:

@@ -120,3 +120,10 @@ def error_line(output: str) -> str:
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, output
     return lines[0]
+
+
+def pretend_gpus() -> None:
+    """For `run_cli(patches=…)`: device files of two GPUs, which the CPU build of torch cannot use."""
+    from nemo_dpo import launch
+
+    launch.accelerators = lambda: 2

@@ -78,6 +78,26 @@ def watch() -> None:
     wrap(app, "train", trained)
 
 
+def watch_options() -> None:
+    """Leave facts/<rank>.json: the options of the optimizer's parameter groups that each update is made with."""
+    from nemo_dpo.parallel.engine import Engine
+
+    facts: list[Any] = []
+
+    def updated(update: Callable[..., float], engine: Engine, *args: Any) -> float:
+        facts.append([_options(group) for group in engine.optimizer.param_groups])
+        folder = log_dir() / "facts"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(facts))
+        return update(engine, *args)
+
+    wrap(Engine, "update", updated)
+
+
+def _options(group: Facts) -> Facts:
+    return {key: value for key, value in group.items() if key not in ("params", "step")}
+
+
 def _layout(engine: Any) -> Facts:
     groups = engine.groups
     weights = dict(engine.chunks[0].named_parameters())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from nemo_dpo.checkpoint.weights import read_weights
 from tests.cli.conftest import GLOBAL_BATCH, TRAIN_PAIRS, Inputs
 from tests.cli.probes import Facts, read_facts
 from tests.support.cli import Run, run_cli
-from tests.support.tiny import VOCABULARY
+from tests.support.tiny import VOCABULARY, write_pairs
 
 Weights = dict[str, torch.Tensor]
 
@@ -189,3 +189,31 @@ def test_what_the_case_is_about_was_on(train: Train, optimizer: str, name: str) 
             assert shares_of_step == [full] * case.ranks
         else:  # the last batch of an epoch: three pairs, so some micro-batch is empty or half full
             assert sum(sum(share) for share in shares_of_step) == TRAIN_PAIRS % GLOBAL_BATCH * tp * pp
+
+
+@pytest.fixture(scope="module")
+def of_nine(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+    """Case → a run with SGD over two epochs of nine pairs, in batches of 8 and 1."""
+    pairs = write_pairs(tmp_path_factory.mktemp("nine") / "train.jsonl", GLOBAL_BATCH + 1, seed=2)
+    own = replace(inputs, train=pairs)
+    return lambda name: _train(own, tmp_path_factory.mktemp("run"), "sgd", CASES[name])
+
+
+@pytest.fixture(scope="module")
+def reference_of_nine(of_nine: Callable[[str], Trained]) -> Trained:
+    return of_nine(REFERENCE)
+
+
+@pytest.mark.parametrize("name", ["DP 2", "DP 2 × TP 2", "PP 2 × VPP 2"])
+def test_a_last_batch_of_one_pair(
+    of_nine: Callable[[str], Trained], reference_of_nine: Trained, inputs: Inputs, name: str
+) -> None:
+    """All data-parallel ranks but one, or all micro-batches but one, have no pair."""
+    found, start = of_nine(name), weights_of(inputs.nemo)
+    for metric in ("loss", "grad_norm"):
+        expected = reference_of_nine.run.series("train", metric)
+        assert len(expected) == 4
+        assert found.run.series("train", metric) == pytest.approx(expected, rel=1e-5), metric
+    assert relative_error(update(found, start), update(reference_of_nine, start)) <= 1e-4
+    shares = [facts["steps"][step] for facts in found.facts for step in (1, 3)]
+    assert {tuple(share) for share in shares} == ({(0,), (1,)} if "DP" in name else {(1, 0)})

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_dpo import launch
-from nemo_dpo.checkpoint import sharded
+from nemo_dpo.checkpoint import archive, sharded
 from nemo_dpo.config import Config, ConfigError
 from nemo_dpo.config.schema import ModelConfig, TrainerConfig
 from nemo_dpo.launch import Ranks, present_ranks
@@ -263,7 +264,23 @@ def test_devices_of_a_host() -> None:
         launch.local_devices(config(devices=3), 2)
 
 
-@pytest.mark.parametrize(("visible", "expected"), [(None, 2), ("", 0), ("-1", 0), ("0", 1), ("0,1", 2), ("1,-1,0", 1)])
+GPUS = "GPU-8e6f2d1a-1b2c-4d5e-8f90-aabbccddeeff", "GPU-2e6f2d1a-2b2c-4d5e-8f90-aabbccddeeff"
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, 2),
+        ("", 0),
+        ("-1", 0),
+        ("0", 1),
+        ("0, 1", 2),
+        ("1,-1,0", 1),
+        ("1,,0", 1),
+        (",".join(GPUS), 2),
+        (f"{GPUS[0]},-1,{GPUS[1]}", 1),
+    ],
+)
 def test_accelerators_are_counted_as_cuda_does(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: int
 ) -> None:
@@ -279,6 +296,27 @@ def test_what_has_not_been_run_asks_for_permission() -> None:
     with pytest.raises(ConfigError, match="training on an accelerator has not been run yet"):
         launch.check_host(config(), found=1)
     launch.check_host(replace(config(), allow_unverified=True), found=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use this host's GPUs")
+@pytest.mark.parametrize("accelerator", ["gpu", "auto"])
+def test_gpus_that_torch_cannot_use(inputs: Inputs, tmp_path: Path, accelerator: str) -> None:
+    """Asked for by name they are an error; else a run says why it is on the CPU, once."""
+    arguments = [*inputs.arguments, f"trainer.accelerator={accelerator}", "allow_unverified=true"]
+    options = ["trainer.dpo.max_steps=1", "exp_manager.create_checkpoint_callback=false"]
+    patches = ["tests.cli.launch_support:pretend_gpus"]
+    run = run_cli([*arguments, *options], tmp_path, check=False, patches=patches)
+    cause = f"this host has 2 NVIDIA devices but torch {torch.__version__} cannot use them (Torch not compiled"
+    if accelerator == "gpu":
+        assert run.status == 2
+        # Here all is imported and a rank may be gone before the other starts, so the line may stand twice.
+        (line,) = set(run.output.splitlines())
+        assert line.startswith(f"error: trainer.accelerator=gpu: {cause}")
+    else:
+        assert run.status == 0, run.output
+        assert run.output.count(cause) == 1, run.output
+        assert "running on the CPU" in run.output
+        assert "Layout(world=2" in run.output
 
 
 def test_ranks_meet_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +335,29 @@ def test_ranks_meet_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) 
 
 
 # --- null is what the checkpoint says ---------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_that_is_left_to_the_tokenizer(inputs: Inputs, tmp_path: Path) -> None:
+    """As in an archive that NeMo itself has written: no vocab_size in the config."""
+    folder = tmp_path / "extracted"
+    archive.extract(inputs.nemo, folder)
+    config = archive.read_model_config(folder)
+    del config["vocab_size"]
+    archive.write_model_config(config, folder)
+    first, second = (
+        run_cli([*replace(inputs, nemo=nemo).arguments, "trainer.dpo.max_steps=2"], tmp_path / name)
+        for name, nemo in (("stated", inputs.nemo), ("left", folder))
+    )
+    assert losses(first.log_dir) == losses(second.log_dir)
+
+
+def test_another_layout_of_the_checkpoint_is_named(inputs: Inputs, tmp_path: Path) -> None:
+    folder = tmp_path / "extracted"
+    archive.extract(inputs.nemo, folder)
+    archive.write_model_config({**archive.read_model_config(folder), "tensor_model_parallel_size": 8}, folder)
+    run = run_cli([*replace(inputs, nemo=folder).arguments, "trainer.devices=2", "trainer.dpo.max_steps=1"], tmp_path)
+    assert run.output.count("layout: the checkpoint's configuration has tensor_model_parallel_size=8; this run") == 1
+
 
 FULL = {
     "activations_checkpoint_granularity": "full",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_dpo.convert import hf_to_nemo
 from tests.cli.conftest import GLOBAL_BATCH, TRAIN_PAIRS, Inputs
 from tests.cli.faults import STOP_AFTER
 from tests.cli.probes import read_facts
 from tests.cli.test_equivalence import weights_of
 from tests.support.cli import Run, run_cli
-from tests.support.tiny import write_pairs
+from tests.support.tiny import write_hf_model, write_pairs
 
 # These differ from run to run.
 MEASURED = {"step_time", "validation_step_time", "pairs_per_second", "tokens_per_second", "memory_gib"}
@@ -29,6 +31,7 @@ ARGUMENTS = [
     "exp_manager.create_checkpoint_callback=true",
     "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true",
     "model.hidden_dropout=0.1",
+    "model.attention_dropout=0.1",
     "model.data.shuffle=true",
     "model.optim.lr=0.001",
     "model.optim.sched.name=CosineAnnealing",
@@ -118,9 +121,21 @@ def test_stopped_and_resumed_is_uninterrupted(halves: Callable[..., Halves], tmp
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+def test_the_progress_bar_ends_at_the_last_step(halves: Callable[..., Halves], tmp_path: Path) -> None:
+    """Without a terminal it is drawn every tenth step, and where the run ends: early, resumed or whole."""
+    runs = halves(DP_2)
+    resumed = runs.resume(tmp_path / "run")
+    last = [
+        re.findall(r" (\d+/\d+) \[.*?loss=(\d\.\d+)", run.output)[-1] for run in (runs.stopped, resumed, runs.whole)
+    ]
+    assert not re.search(r"Epoch \d", runs.whole.output), "Lightning's one epoch is no epoch of the run's three"
+    losses = [f"{run.series('train', 'loss')[-1]:.3f}" for run in (runs.stopped, resumed, runs.whole)]
+    assert last == list(zip([f"{STOP_AFTER}/{STEPS}", f"{STEPS}/{STEPS}", f"{STEPS}/{STEPS}"], losses, strict=True))
+
+
 # What is forgotten, and how many steps after the restart still come out right: what is wrong in the update shows in the
 # next step's loss. own_steps: megatron-core's loader gives all parameters one `step` tensor (mcore_repairs).
-FORGOTTEN = {"rng": 0, "sampler": 0, "schedule": 1, "optimizer": 1, "own_steps": 1}
+FORGOTTEN = {"rng": 0, "sampler": 0, "schedule": 0, "optimizer": 1, "own_steps": 1}
 
 
 @pytest.mark.parametrize("part", FORGOTTEN)
@@ -140,7 +155,7 @@ def test_continues_in_another_layout(
     halves: Callable[..., Halves], tmp_path: Path, name: str, layout: list[str]
 ) -> None:
     """Without dropout, whose masks depend on the layout: as close as the layouts are without a restart."""
-    changes = ["model.hidden_dropout=0", "model.optim.eps=0.0001", *OPTIMIZER_OF[name]]
+    changes = ["model.hidden_dropout=0", "model.attention_dropout=0", "model.optim.eps=0.0001", *OPTIMIZER_OF[name]]
     runs = halves("TP 2, distributed", *changes)
     resumed = runs.resume(tmp_path / "run", "model.tensor_model_parallel_size=1", *layout)
     for metric in ("loss", "grad_norm"):
@@ -152,9 +167,47 @@ def test_continues_in_another_layout(
 OPTIMIZER_OF = {"TP 2, adam": ["model.optim.name=adam"], "TP 2, distributed": []}
 
 
+STEERED = [
+    "trainer.dpo.max_epochs=4",
+    "model.optim.lr=0.002",
+    "model.optim.weight_decay=0.3",
+    "model.optim.betas=[0.8,0.95]",
+    "model.optim.eps=1e-7",
+    "model.optim.sched.warmup_steps=4",
+    "model.optim.sched.constant_steps=1",
+    "model.optim.sched.min_lr=0.0003",
+]
+
+
+@pytest.mark.parametrize(("name", "more"), [(DP_2, []), ("TP 2, adam, bf16", []), ("1 process, sgd", ["momentum=0.5"])])
+def test_a_resume_obeys_the_configuration_of_its_start(
+    halves: Callable[..., Halves], tmp_path: Path, name: str, more: list[str]
+) -> None:
+    """Each update is made with the options that a run under them from its first step on would make it with."""
+    runs, changes = halves(name), [*STEERED, *(f"model.optim.{key}" for key in more)]
+    resumed = runs.resume(tmp_path / "resumed", *changes, patches=["tests.cli.probes:watch_options"])
+    whole = run_cli([*runs.arguments, *changes], tmp_path / "whole", patches=["tests.cli.probes:watch_options"])
+    assert read_facts(resumed.log_dir) == [options[STOP_AFTER:] for options in read_facts(whole.log_dir)]
+    assert resumed.series("train", "lr")[STOP_AFTER:] == whole.series("train", "lr")[STOP_AFTER:]
+    assert len(resumed.rows("train")) == 16
+    for text in ("max_steps was 12 and is 16", "model.optim.lr was 0.001 and is 0.002", "betas was [0.9, 0.98] and is"):
+        assert resumed.output.count(f"{text}") == 1, resumed.output
+    assert "model.optim.momentum was" in resumed.output or not more
+    assert (resumed.log_dir / "run" / "config_1.yaml").read_text() == (
+        (runs.stopped.log_dir / "run" / "config.yaml").read_text()
+    ), "what the first steps were made with is still to be read"
+
+
 def test_a_changed_run_is_refused_by_name(halves: Callable[..., Halves], inputs: Inputs, tmp_path: Path) -> None:
     others = write_pairs(tmp_path / "others.jsonl", TRAIN_PAIRS, seed=9)
+    hf_to_nemo(write_hf_model(tmp_path / "hf", seed=9), tmp_path / "other.nemo", precision="32")
     changes = {
+        "starting_weights": f"pretrained_checkpoint.restore_from_path={tmp_path / 'other.nemo'}",
+        "model.dpo.ref_policy_kl_penalty": "model.dpo.ref_policy_kl_penalty=0.7",
+        "model.dpo.preference_loss": "model.dpo.preference_loss=ipo",
+        "model.optim.name": "model.optim.name=sgd",
+        "steps_per_epoch": "model.data.drop_last=true",
+        "shuffle": "model.data.shuffle=false",
         "train_data": f"model.data.data_prefix={{train: [{others}], validation: [{inputs.validation}]}}",
         "global_batch_size": f"model.global_batch_size={2 * GLOBAL_BATCH}",
         "seed": "model.seed=4321",
@@ -162,7 +215,7 @@ def test_a_changed_run_is_refused_by_name(halves: Callable[..., Halves], inputs:
     for name, change in changes.items():
         run = halves(DP_2).resume(tmp_path / name, change, check=False)
         assert run.status == 2, run.output
-        assert f"cannot resume: {name} was" in run.output.splitlines()[-1]
+        assert f"error: cannot resume: {name} was " in run.output
         assert len(run.rows("train")) == STOP_AFTER  # nothing is lost by the refusal
 
 

@@ -17,7 +17,9 @@ from nemo_dpo.config import (
     check,
     check_layout,
     check_model,
+    checks,
     data_sources,
+    layout_notice,
     load_config,
     parse_cli,
     show_config,
@@ -27,6 +29,7 @@ from nemo_dpo.config.limits import LIMITS
 
 CONF = Path(__file__).parents[2] / "conf"
 Load = Callable[..., Config]
+LORA = "model.peft.peft_scheme=lora"
 
 # SmolLM2-135M's shapes.
 MODEL = {
@@ -37,12 +40,12 @@ MODEL = {
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """``load(*overrides)``: the repository's yaml with a checkpoint and data that exist, and the overrides."""
+    """``load(*overrides, name=…)``: a yaml of the repository with a checkpoint and data that exist."""
     for name in ("model.nemo", "train.jsonl", "valid.jsonl"):
         (tmp_path / name).write_text("")
     data = f"{{train: [{tmp_path}/train.jsonl], validation: [{tmp_path}/valid.jsonl]}}"
     files = [f"pretrained_checkpoint.restore_from_path={tmp_path}/model.nemo", f"model.data.data_prefix={data}"]
-    return lambda *overrides: load_config(CONF, "gpt_dpo", [*files, *overrides])
+    return lambda *overrides, name="gpt_dpo": load_config(CONF, name, [*files, *overrides])
 
 
 def error(judge: Callable[[], Any]) -> str:
@@ -91,7 +94,17 @@ BEYOND = [
     ("model.dpo.preference_loss", "hinge"), ("model.dpo.preference_loss_weight", -1.0),
     ("model.dpo.sft_loss_weight", -1.0),
     ("model.dpo.gt_reward_scale", 0.0), ("model.dpo.log_prob_forward_micro_batch_size", 0),
-    ("model.dpo.reference.kind", "cached"), ("model.optim.name", "lion"), ("model.optim.lr", 0.0),
+    ("model.dpo.reference.kind", "disk"), ("model.dpo.reference.kind", "adapter:"),
+    ("model.dpo.reference.kind", "adapter:a-b"), ("model.dpo.reference.kind", "cached:cached"),
+    ("model.peft.peft_scheme", "ia3"), ("model.peft.base_quantization", "int8"),
+    ("model.peft.frozen_adapters", "{policy: a.nemo}"), ("model.peft.frozen_adapters", "{a-b: a.nemo}"),
+    ("model.peft.lora_tuning.target_modules", "[]"), ("model.peft.lora_tuning.target_modules", "[mlp, q_proj]"),
+    ("model.peft.lora_tuning.adapter_dim", 0), ("model.peft.lora_tuning.alpha", 0.0),
+    ("model.peft.lora_tuning.variant", "peft"), ("model.peft.lora_tuning.layer_selection", "[]"),
+    ("model.peft.lora_tuning.layer_selection", "[0, 1]"), ("model.peft.lora_tuning.layer_selection", "[2, 2]"),
+    ("model.peft.lora_tuning.adapter_dropout", 1.0), ("model.peft.lora_tuning.dropout_position", "both"),
+    ("model.peft.lora_tuning.column_init_method", "ones"), ("model.peft.lora_tuning.row_init_method", "ones"),
+    ("model.optim.name", "lion"), ("model.optim.lr", 0.0),
     ("model.optim.weight_decay", -0.1), ("model.optim.betas", "[0.9]"), ("model.optim.betas", "[0.9, 1.0]"),
     ("model.optim.eps", 0.0), ("model.optim.momentum", 1.0), ("model.optim.sched.name", "cosine"),
     ("model.optim.sched.warmup_steps", -1), ("model.optim.sched.warmup_ratio", 1.0),
@@ -119,10 +132,54 @@ def test_every_limit_is_tried_and_belongs_to_a_key() -> None:
     assert LIMITS.keys() <= schema_keys().keys()
 
 
-def test_references_that_are_planned_are_named_as_such(load: Load) -> None:
-    assert "cached, adapter_off, adapter:<name> are not available yet" in error(
-        lambda: check(load("model.dpo.reference.kind=adapter_off"))
+@pytest.fixture
+def sft(tmp_path: Path) -> list[str]:
+    """LoRA from an adapter that exists, the same as the frozen adapter `sft`."""
+    (tmp_path / "sft.nemo").write_text("")
+    file = tmp_path / "sft.nemo"
+    return [LORA, f"model.peft.restore_from_path={file}", f"+model.peft.frozen_adapters.sft={file}"]
+
+
+def test_the_files_for_adapters(load: Load, sft: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
+    check(load(name="gpt_dpo_lora"))
+    check(load(sft[1], name="gpt_dpo_qlora"))
+    lines = error(lambda: check(load(name="gpt_dpo_qlora"))).splitlines()
+    assert [line.partition("=")[0] for line in lines] == [
+        "model.peft.restore_from_path", "model.peft.frozen_adapters.reference"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["frozen", "cached", "cached:frozen"])
+def test_references_of_a_run_without_adapter(kind: str, load: Load) -> None:
+    check(load(f"model.dpo.reference.kind={kind}"))
+
+
+@pytest.mark.parametrize(
+    "kind", ["frozen", "adapter_off", "adapter:sft", "cached", "cached:adapter_off", "cached:adapter:sft"]
+)
+def test_references_of_a_run_with_adapters(kind: str, load: Load, sft: list[str]) -> None:
+    check(load(*sft, f"model.dpo.reference.kind={kind}"))
+
+
+def test_default_of_the_reference(load: Load) -> None:
+    def kind_of(scheme: str, kind: str) -> str:
+        return load(f"model.peft.peft_scheme={scheme}", f"model.dpo.reference.kind={kind}").model.reference_kind
+
+    plain = {"null": "frozen", "cached": "cached:frozen", "frozen": "frozen"}
+    lora = {"null": "adapter_off", "cached": "cached:adapter_off", "frozen": "frozen"}
+    for scheme, expected in {"null": plain, "none": plain, "lora": lora}.items():
+        assert {kind: kind_of(scheme, kind) for kind in expected} == expected, scheme
+
+
+def test_four_bits_need_bitsandbytes(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load(LORA, "model.peft.base_quantization=nf4")
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == "bitsandbytes" else object())
+    assert error(lambda: check(cfg)) == (
+        "model.peft.base_quantization=nf4 needs bitsandbytes, which is not installed; pip install bitsandbytes"
     )
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
+    check(cfg)
 
 
 @pytest.mark.parametrize(("interval", "save"), [("0.1", 100), ("1.0", 3), ("7", 3), ("3", 7), ("1", 1)])
@@ -139,6 +196,38 @@ def test_any_combination_of_intervals_is_legal(interval: str, save: int, load: L
         ),
         (["model.optim.sched.warmup_ratio=0.1"], ["warmup_steps=10", "warmup_ratio=0.1", "null"]),
         (["model.optim.lr=1e-7"], ["sched.min_lr=9e-07", "optim.lr=1e-07", "lower"]),
+        (
+            ["model.dpo.reference.cache_dir=x", "model.dpo.reference.kind=frozen"],
+            ["cache_dir=x", "kind=frozen", "to cached or leave cache_dir out"],
+        ),
+        (["model.dpo.reference.kind=adapter_off"], ["kind=adapter_off needs an adapter", "peft_scheme=lora, or kind="]),
+        (["model.dpo.reference.kind=cached:adapter:x"], ["kind=cached:adapter:x needs an adapter"]),
+        (
+            [LORA, "model.dpo.reference.kind=cached:adapter:x"],
+            ["frozen_adapters has no 'x' (known: none)", "add +model.peft.frozen_adapters.x="],
+        ),
+        (
+            [LORA, "model.dpo.reference.kind=adapter:x", "+model.peft.frozen_adapters={a: /no/a.nemo, b: /no/b.nemo}"],
+            [
+                "has no 'x' (known: a, b)",
+                "model.peft.frozen_adapters.a=/no/a.nemo does not exist",
+                "model.peft.frozen_adapters.b=/no/b.nemo does not exist; give an adapter .nemo",
+            ],
+        ),
+        (["model.peft.restore_from_path=/no/a.nemo", LORA], ["model.peft.restore_from_path=/no/a.nemo does not exist"]),
+        (
+            [
+                "model.peft.restore_from_path=a.nemo",
+                "+model.peft.frozen_adapters.sft=a.nemo",
+                "model.peft.base_quantization=nf4",
+            ],
+            [
+                "model.peft.restore_from_path=a.nemo has no effect",
+                "model.peft.frozen_adapters={'sft': 'a.nemo'} has no effect",
+                "model.peft.base_quantization=nf4 has no effect; set model.peft.peft_scheme=lora or leave it out",
+            ],
+        ),
+        (["model.transformer_engine=true", LORA], ["model.transformer_engine=true: adapters are not offered", "null"]),
         (["model.optim.momentum=0.9"], ["momentum=0.9", "mcore_distributed_optim", "betas"]),
         (["exp_manager.exp_dir=exps"], ["exp_dir=exps", "explicit_log_dir=results", "null"]),
         (["exp_manager.version=1"], ["version=1", "explicit_log_dir=results", "null"]),
@@ -149,6 +238,23 @@ def test_any_combination_of_intervals_is_legal(interval: str, save: int, load: L
         (
             ["model.virtual_pipeline_model_parallel_size=2"],
             ["virtual_pipeline_model_parallel_size=2", "of at least 2, not 1", "null"],
+        ),
+        (["exp_manager.checkpoint_callback_params.monitor=val_los"], ["monitor=val_los is no figure", "val_loss?"]),
+        (["exp_manager.checkpoint_callback_params.filename='a/{step}'"], ["filename=a/{step} gives", "without a /"]),
+        (["exp_manager.resume_from_checkpoint=/no/c"], ["resume_from_checkpoint=/no/c is not a folder"]),
+        (
+            [
+                "exp_manager.hf_export_on_train_end=true",
+                "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=false",
+            ],
+            ["hf_export_on_train_end=true", "save_nemo_on_train_end=false", "set that to true"],
+        ),
+        (
+            [
+                "exp_manager.create_checkpoint_callback=false",
+                "exp_manager.checkpoint_callback_params.always_save_nemo=true",
+            ],
+            ["always_save_nemo=true", "create_checkpoint_callback=false", "no saves"],
         ),
         (["pretrained_checkpoint.restore_from_path=/no/x.nemo"], ["restore_from_path=/no/x.nemo", "does not exist"]),
         (
@@ -211,6 +317,16 @@ def test_layout_counts_data_parallel_ranks_after_model_parallel(load: Load) -> N
         (["++model.rotary_base=1e5"], ["model.rotary_base=100000.0", "None"]),
         (["model.tokenizer={library: sentencepiece}"], ["model.tokenizer", "sentencepiece", "huggingface"]),
         (["model.activations_checkpoint_granularity=full"], ["activations_checkpoint_method=…", "num_layers=…"]),
+        (["model.activations_checkpoint_method=uniform"], ["method=uniform has no effect", "granularity=full"]),
+        (["model.activations_checkpoint_num_layers=2"], ["num_layers=2 has no effect", "granularity=full"]),
+        (
+            ["model.peft.lora_tuning.layer_selection=[30, 31, 2]"],
+            ["layer_selection names layer 31", "the model has layers 1 to 30"],
+        ),
+        (
+            [LORA, "model.tensor_model_parallel_size=9"],
+            ["tensor_model_parallel_size=9 must divide the model's num_query_groups=3 with LoRA"],
+        ),
     ],
 )
 def test_checks_against_the_checkpoint(overrides: list[str], parts: list[str], load: Load) -> None:
@@ -225,10 +341,27 @@ def test_what_fits_the_checkpoint(load: Load) -> None:
     # Nine ranks share three groups: megatron-core repeats them.
     assert "ffn_hidden_size=1536" in error(lambda: check_model(load("model.tensor_model_parallel_size=9"), MODEL))
     check_model(load("model.tensor_model_parallel_size=9"), {**MODEL, "ffn_hidden_size": 1539})
+    check_model(load(LORA, "model.tensor_model_parallel_size=3"), MODEL)
+    check_model(load(LORA, "model.peft.lora_tuning.layer_selection=[1, 30]"), MODEL)
     # Repeating the checkpoint's shapes is no change, and the checkpoint may say how to recompute.
     check_model(load("model.hidden_size=576", "model.tokenizer={library: huggingface}"), MODEL)
     recompute = {"activations_checkpoint_method": "uniform", "activations_checkpoint_num_layers": 1}
     check_model(load("model.activations_checkpoint_granularity=full"), {**MODEL, **recompute})
+
+
+def test_another_layout_of_the_checkpoint_is_said_once(load: Load) -> None:
+    held = {"tensor_model_parallel_size": 8, "sequence_parallel": True, "pipeline_model_parallel_size": 1}
+    assert layout_notice(load(), {**MODEL, **held}) == (
+        "layout: the checkpoint's configuration has tensor_model_parallel_size=8, sequence_parallel=True; this run has "
+        "tensor_model_parallel_size=1, sequence_parallel=False, for only model.* keys set it"
+    )
+    same = ["model.tensor_model_parallel_size=8", "model.sequence_parallel=true"]
+    assert layout_notice(load(*same), {**MODEL, **held}) == ""
+    assert layout_notice(load(), {**MODEL, "virtual_pipeline_model_parallel_size": None}) == ""
+    assert layout_notice(load(), {}) == ""
+    assert "pipeline_model_parallel_size=1; this run has pipeline_model_parallel_size=5" in layout_notice(
+        load("model.pipeline_model_parallel_size=5"), {}
+    )
 
 
 def test_groups_that_neither_divide_nor_are_divided(load: Load) -> None:

@@ -30,9 +30,16 @@ def error(*overrides: str) -> str:
 
 def test_every_yaml_under_conf_composes() -> None:
     yamls = sorted(CONF.rglob("*.yaml"))
-    assert [path.stem for path in yamls] == ["gpt_dpo", "quickstart"]
+    assert [path.stem for path in yamls] == [
+        "gpt_dpo", "gpt_dpo_lora", "gpt_dpo_qlora", "quickstart", "quickstart_lora"
+    ]  # fmt: skip
     for path in yamls:
         assert isinstance(load_config(path.parent, path.stem), Config)
+
+
+def test_qlora_loads_the_sft_adapter_twice() -> None:
+    peft = load_config(CONF, "gpt_dpo_qlora", ["model.peft.restore_from_path=sft.nemo"]).model.peft
+    assert (peft.restore_from_path, peft.frozen_adapters) == ("sft.nemo", {"reference": "sft.nemo"})
 
 
 def test_repository_yaml_repeats_the_schemas_defaults() -> None:
@@ -195,12 +202,12 @@ def test_full_aligner_yaml_loads_and_says_what_is_mapped(caplog: pytest.LogCaptu
     mapped = "\n".join(caplog.messages)
     for key in (
         "model.optim.name=distributed_fused_adam", "model.optim.bucket_cap_mb, model.optim.contiguous_grad_buffer",
-        "model.megatron_amp_O2", "model.peft.lora_tuning: ", "model.data.skip_warmup",
+        "model.megatron_amp_O2", "model.data.skip_warmup",
         "model.overwrite_base_config: ",
     ):  # fmt: skip
         assert key in mapped
-    # One line per reason, each key once.
-    assert len(caplog.messages) == len(set(caplog.messages)) == 6
+    # One line per reason, each key once; none about the section peft, which asks for nothing that is not here.
+    assert len(caplog.messages) == len(set(caplog.messages)) == 5
 
 
 def test_aligner_keys_that_its_yaml_does_not_list() -> None:
@@ -273,7 +280,9 @@ def test_refused_keys_pass_at_values_that_ask_for_nothing() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "model.peft.peft_scheme=lora", "model.context_parallel_size=2", "model.expert_model_parallel_size=2",
+        "model.peft.lora_tuning.weight_tying=true", "model.peft.lora_tuning.position_embedding_strategy=add",
+        "model.peft.restore_from_ckpt.checkpoint_name=x",
+        "model.context_parallel_size=2", "model.expert_model_parallel_size=2",
         "model.fsdp=true", "model.data.data_impl=packed_jsonl", "model.data.data_impl=mmap", "model.mcore_gpt=false",
         "exp_manager.checkpoint_callback_params.async_save=true", "exp_manager.ema.enable=true",
         "exp_manager.create_early_stopping_callback=true", "model.data.chat_prompt_tokens.turn_start=x",
@@ -357,6 +366,66 @@ def test_sequence_parallel_without_tensor_parallel_is_switched_off(caplog: pytes
         "model.sequence_parallel: switched off, for it needs model.tensor_model_parallel_size of at least 2"
     ]
     assert load("model.sequence_parallel=true", "model.tensor_model_parallel_size=2").model.sequence_parallel is True
+
+
+OF_SGD = "not used by model.optim.name=sgd"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, []),
+        ({"name": "sgd"}, []),
+        ({"name": "sgd", "betas": "[0.9, 0.95]"}, [f"model.optim.betas: {OF_SGD}"]),
+        ({"name": "sgd", "betas": "[0.9, 0.95]", "eps": 1e-5}, [f"model.optim.betas, model.optim.eps: {OF_SGD}"]),
+        ({"betas": "[0.9, 0.95]", "eps": 1e-5}, []),
+        ({"sched.name": "linear"}, ["model.optim.sched.constant_steps: not used by model.optim.sched.name=linear"]),
+        ({"sched.name": "linear", "sched.constant_steps": 0}, []),
+        (
+            {"sched.name": "constant"},
+            ["model.optim.sched.constant_steps, model.optim.sched.min_lr: not used by model.optim.sched.name=constant"],
+        ),
+        ({"sched.name": "constant", "sched.constant_steps": 0, "sched.min_lr": 0}, []),
+    ],
+)
+def test_what_the_optimizer_or_the_schedule_does_not_use_is_said(
+    overrides: dict[str, object], expected: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    load(*(f"model.optim.{key}={value}" for key, value in overrides.items()))
+    assert caplog.messages == expected
+
+
+STOCK = ["target_modules=[attention_qkv]", "adapter_dim=32", "adapter_dropout=0.0", "layer_selection=null"]
+TUNING = "model.peft.lora_tuning."
+
+
+@pytest.mark.parametrize(
+    ("scheme", "overrides", "expected"),
+    [
+        ("none", STOCK, ""),
+        ("null", [*STOCK, "alpha=32"], ""),
+        ("none", ["adapter_dim=16", "alpha=32", "target_modules=[all]"], "target_modules, adapter_dim"),
+        ("null", ["layer_selection=[1]"], "layer_selection"),
+        ("lora", ["adapter_dim=16", "column_init_method=normal"], ""),
+    ],
+)
+def test_adapter_keys_without_adapter_are_said_unless_they_are_nemos_stock_values(
+    scheme: str, overrides: list[str], expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    load(f"model.peft.peft_scheme={scheme}", *(TUNING + override for override in overrides))
+    keys = ", ".join(TUNING + name for name in expected.split(", "))
+    assert caplog.messages == ([f"{keys}: not used by model.peft.peft_scheme=none"] if expected else [])
+
+
+def test_start_values_beside_an_adapter_file_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    restored = ["model.peft.peft_scheme=lora", "model.peft.restore_from_path=a.nemo", TUNING + "adapter_dropout=0.1"]
+    load(*restored)
+    assert caplog.messages == []
+    load(*restored, TUNING + "row_init_method=normal")
+    assert caplog.messages == [f"{TUNING}row_init_method: not used by model.peft.restore_from_path=a.nemo"]
 
 
 def test_mistyped_key_is_refused_fast_and_without_torch() -> None:

@@ -11,7 +11,8 @@ from nemo_dpo.config.exp_manager import nemo_options
 from nemo_dpo.config.keys import schema_keys
 
 PACKAGE = Path(__file__).parents[2] / "nemo_dpo"
-DEFINITIONS = {PACKAGE / "config" / name for name in ("schema.py", "exp_manager.py", "architecture.py", "limits.py")}
+SCHEMA = ("schema.py", "exp_manager.py", "architecture.py", "peft.py", "limits.py")
+DEFINITIONS = {PACKAGE / "config" / name for name in SCHEMA}
 # exp_manager.max_time_per_run and model.data.seq_length follow these, and only those are read.
 FOLLOWED = {"trainer.max_time", "model.encoder_seq_length"}
 

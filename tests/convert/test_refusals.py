@@ -13,6 +13,7 @@ import torch
 
 from nemo_dpo.checkpoint import CheckpointError, archive
 from nemo_dpo.convert import hf_to_nemo, nemo_to_hf
+from nemo_dpo.model.architecture import ArchitectureError
 from nemo_dpo.tokenizer import TokenizerError
 from tests.convert.conftest import hf_tensors
 
@@ -176,6 +177,10 @@ def test_a_full_disk_leaves_what_was_there_and_no_rubbish(converted: tuple[Path,
         ({"rotary_percentage": 0.5}, "rotary_percentage"),
         ({"vocab_size": 385}, r"has shape \[384, 72\]"),
         ({"huggingface": None, "activation": "gelu"}, "'activation': 'gelu'"),
+        ({"rotary_interleaved": True}, "'rotary_interleaved': True"),
+        ({"layernorm_zero_centered_gamma": True}, "'layernorm_zero_centered_gamma': True"),
+        ({"openai_gelu": True}, "'openai_gelu': True"),
+        ({"headscale": True}, "headscale=True"),
         ({"tokenizer": {}}, "tokenizer"),
     ],
 )
@@ -185,7 +190,8 @@ def test_a_nemo_that_contradicts_itself(converted: Any, tmp_path: Path, changes:
     archive.write_model_config({**archive.read_model_config(folder), **changes}, folder)
     with pytest.raises(ValueError, match=match) as caught:
         nemo_to_hf(folder, tmp_path / "back")
-    assert isinstance(caught.value, CheckpointError | TokenizerError) and "\n" not in str(caught.value)
+    assert isinstance(caught.value, ArchitectureError | CheckpointError | TokenizerError)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "back").exists()
 
 

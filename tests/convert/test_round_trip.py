@@ -170,11 +170,11 @@ def test_model_config_has_nemos_keys(llama: Any) -> None:
 
 def test_hparams_file_adds_keys_but_does_not_change_shapes(llama: Any, tmp_path: Path) -> None:
     (tmp_path / "hparams.yaml").write_text(
-        "model: {hidden_size: 1, micro_batch_size: 4, fp32_residual_connection: true}"
+        "model: {hidden_size: 1, micro_batch_size: 4, apply_query_key_layer_scaling: true}"
     )
     nemo, _ = round_trip(llama(), hparams_file=tmp_path / "hparams.yaml")
     config = archive.read_model_config(nemo)
-    assert (config["hidden_size"], config["micro_batch_size"], config["fp32_residual_connection"]) == (72, 4, True)
+    assert (config["hidden_size"], config["micro_batch_size"], config["apply_query_key_layer_scaling"]) == (72, 4, True)
 
 
 def edit_model_config(nemo: Path, scratch: Path, **changes: Any) -> Path:

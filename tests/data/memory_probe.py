@@ -1,4 +1,4 @@
-"""Run by test_data_memory.py in a process of its own: prepare or open a split, and say how anonymous memory grew."""
+"""Run by test_data_memory.py in processes of their own: how anonymous memory grows while data are prepared or read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from nemo_dpo.data import DataOptions, PairSampler, make_report, open_split, prepare_split
 
@@ -56,6 +57,29 @@ def anonymous_bytes() -> int:
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
+
+
+def rank_of_a_run(rank: int, file: Path, log_dir: Path) -> dict[str, Any]:
+    """One of two data-parallel ranks: data prepared and reported, then an epoch and a validation by the loaders."""
+    import torch
+
+    from nemo_dpo.config.schema import Config, DataConfig, ModelConfig
+    from nemo_dpo.parallel import cpu_host
+    from nemo_dpo.parallel.groups import Layout, initialize
+    from nemo_dpo.training.data import PairData
+
+    cpu_host.install()
+    groups = initialize(Layout(2), torch.device("cpu"), seed=1)
+    prefix = {"train": [str(file)], "validation": [str(file)]}
+    data = DataConfig(data_prefix=prefix, seq_length=4096, append_eod=True)
+    cfg = Config(model=ModelConfig(global_batch_size=512, micro_batch_size=8, data=data))
+    with Peak() as peak:
+        prepared = PairData.prepare(cfg, {}, EveryEighth(), log_dir, groups)
+        trained = sum(micro.num_pairs for batch in prepared.train_loader(lambda: 0) for micro in batch)
+        validation = prepared.batches("validation")
+        assert validation is not None
+        validated = sum(micro.num_pairs for batch in validation for micro in batch)
+    return {"trained": trained, "validated": validated, "growth_mb": peak.growth_mb}
 
 
 def main(task: str, file: Path, cache: Path, hold: bool) -> None:

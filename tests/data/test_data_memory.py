@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.data.memory_probe import rank_of_a_run
+from tests.support.ranks import run_ranks
+
 ROOT = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("memory_probe.py")
 
@@ -49,11 +52,15 @@ def test_memory_on_fifty_thousand_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_on_a_million_lines(tmp_path: Path) -> None:
-    file = generate(tmp_path / "x.jsonl", 1_000_000, repeat=3)
+def test_memory_of_every_rank_on_a_million_lines(tmp_path: Path) -> None:
+    lines = 1_000_000
+    file = generate(tmp_path / "x.jsonl", lines, repeat=3)
     assert file.stat().st_size > 300e6
-    prepared = probe("prepare", file, tmp_path / "cache")
-    opened = probe("open", file, tmp_path / "cache")
-    assert prepared["pairs"] == opened["pairs"] == 1_000_000
-    assert prepared["growth_mb"] < 100
-    assert opened["growth_mb"] < 30
+    for name in ("ranks", "log"):
+        (tmp_path / name).mkdir()
+    found = run_ranks(2, rank_of_a_run, tmp_path / "ranks", file, tmp_path / "log", timeout=600)
+    assert [sum(rank[part] for rank in found) for part in ("trained", "validated")] == [lines] * 2
+    # Rank 0 has some 40 bytes a pair while it makes the report. Each rank keeps an epoch's order, 8 bytes a pair.
+    first, second = (rank["growth_mb"] for rank in found)
+    assert first < 70
+    assert second < 25

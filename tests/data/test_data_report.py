@@ -70,6 +70,26 @@ def test_findings_of_several_files_are_joined(tmp_path: Path) -> None:
     assert (finding.count, finding.examples) == (5, ["2.jsonl:1", "2.jsonl:2", "3.jsonl:1"])
 
 
+def test_findings_of_a_part_say_that_they_are_of_whole_files(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "x.jsonl", [*[row("p", "a", "b")] * 4, row("p", "", "x")])
+    reports = []
+    for number, span in enumerate([(0.0, 0.75), (0.75, 1.0), (0.0, 1.0)]):
+        prepared = prepare_split([file], None, Letters(), DataOptions(seq_length=8), tmp_path / "cache", [span])
+        reports.append(make_report(str(number), open_split(prepared), Letters(), micro_batch_size=1))
+    dropped = "  dropped        1  empty response  (x.jsonl:5)"
+    for report in reports[:2]:
+        assert report.part_of_files
+        assert report.render().splitlines()[2:4] == ["  of the whole files, of which this split is a part:", dropped]
+    assert not reports[2].part_of_files
+    assert reports[2].render().splitlines()[2] == dropped
+
+
+def test_a_part_without_findings_says_nothing_of_them(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "x.jsonl", [row("p", "a", "b")] * 4)
+    prepared = prepare_split([file], None, Letters(), DataOptions(seq_length=8), tmp_path / "cache", [(0.0, 0.5)])
+    assert "whole files" not in make_report("train", open_split(prepared), Letters(), micro_batch_size=1).render()
+
+
 def test_rendered_table(report: DataReport, tmp_path: Path) -> None:
     text = report.render().replace(f"{tmp_path}/", "")
     assert text.splitlines() == [

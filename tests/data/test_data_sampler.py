@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nemo_dpo.data import DataError, PairSampler, validation_batches
 from nemo_dpo.data.batch import split_global_batch
-from nemo_dpo.data.sampler import limit_batches
+from nemo_dpo.data.sampler import interval_in_steps, limit_batches
 
 sizes = st.integers(1, 60)
 batches = st.integers(1, 25)
@@ -111,6 +111,7 @@ def test_limits_by_hand() -> None:
     assert [limit_batches(100, limit) for limit in (None, 1.0, 0.29, 0.5, 0.001, 0.0)] == [100, 100, 29, 50, 1, 0]
     assert [limit_batches(7, limit) for limit in (0, 1, 7, 50)] == [0, 1, 7, 7]
     assert limit_batches(0, 1.0) == 0
+    assert [interval_in_steps(every, 100) for every in (0.29, 0.57, 0.001, 1.0, 1, 250)] == [29, 57, 1, 100, 1, 250]
     for bad in (-1, 1.5, -0.5, float("nan")):
         with pytest.raises(DataError, match="a limit of"):
             limit_batches(10, bad)

@@ -1,4 +1,4 @@
-"""The objective: weights, length-averaging switches, the SFT term, and what it refuses."""
+"""The objective: weights, length-averaging switches, the SFT term, and what the configuration offers of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_dpo.config.limits import LIMITS
 from nemo_dpo.losses import PREFERENCE_LOSSES, BatchContext, PairStats, ResponseStats, build_objective
 from tests.losses.handmade import BETA, ETA, two_pairs
 
@@ -133,15 +134,11 @@ def test_beta_is_the_penalty() -> None:
     assert build_objective(Options(ref_policy_kl_penalty=0.37)).beta == 0.37
 
 
-def test_unknown_loss() -> None:
-    with pytest.raises(ValueError, match="preference_loss='dop' is not known") as caught:
-        build_objective(Options(preference_loss="dop"))
-    assert all(name in str(caught.value) for name in PREFERENCE_LOSSES)
-
-
-def test_nothing_to_minimise() -> None:
-    with pytest.raises(ValueError, match="both 0"):
-        build_objective(Options(preference_loss_weight=0.0, sft_loss_weight=0.0))
+def test_the_configuration_offers_the_losses_that_there_are() -> None:
+    """It names them itself, for it is checked without torch."""
+    limit = LIMITS["model.dpo.preference_loss"]
+    assert limit.text == f"must be {' or '.join(PREFERENCE_LOSSES)}"
+    assert all(limit.passes(name) for name in PREFERENCE_LOSSES)
 
 
 def _pair(stats: PairStats, number: int) -> PairStats:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_dpo.config.checkpoint_names import FIGURES
 from nemo_dpo.losses import PREFERENCE_LOSSES, BatchContext, LossConstants, Objective, PairStats, ResponseStats
 from nemo_dpo.metrics.preference import NUM_SUMS, SUMS, finalize, preference_sums
 
@@ -65,6 +66,7 @@ def sums_of(rows: slice, objective: Objective = OBJECTIVE, stats: PairStats = ST
 
 def test_by_hand() -> None:
     metrics = finalize(sums_of(slice(None)))
+    assert tuple(metrics) == FIGURES, "the names that a configuration may rank checkpoints by"
     assert metrics == pytest.approx(EXPECTED, rel=1e-7)  # float32 columns: 7 digits
 
 

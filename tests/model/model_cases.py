@@ -6,7 +6,7 @@ Expected numbers come from transformers' forward pass and autograd, in the tests
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,8 @@ def reference_logps(batches: Sequence[MicroBatch]) -> list[Tensor]:
     return [-80.0 + 4 * torch.randn(batch.num_responses, generator=generator) for batch in batches]
 
 
-def build(nemo: Path, layout: Any, **options: Any) -> Any:
-    """The engine of an extracted `.nemo` under `layout`, on this process's ranks."""
+def build(nemo: Path, layout: Any, prepare: Callable[[list[Any]], object] | None = None, **options: Any) -> Any:
+    """The engine of an extracted `.nemo` under `layout`, on this process's ranks; `prepare` sees its chunks before."""
     from nemo_dpo.checkpoint import archive, sharded
     from nemo_dpo.config.schema import OptimConfig
     from nemo_dpo.model.architecture import Architecture
@@ -118,6 +118,8 @@ def build(nemo: Path, layout: Any, **options: Any) -> Any:
     arch = Architecture.parse(archive.read_model_config(nemo))
     chunks, config = build_model(arch, groups, BuildOptions(dtype=torch.float32, **options))
     sharded.load_weights(nemo / archive.MODEL_WEIGHTS, chunks)
+    if prepare:
+        prepare(chunks)
     return Engine(chunks, config, groups, OptimConfig(name="sgd", lr=0.1, weight_decay=0.0))
 
 
@@ -141,7 +143,7 @@ def findings_of_rank(
             "logits": logits[0] if logits else None,
             "layers": len(engine.chunks[0].decoder.layers),
             "qkv": list(weights["decoder.layers.0.self_attention.linear_qkv.weight"].shape),
-            **_training_step(engine, out / name),
+            **training_step(engine, out / name),
         }
     return found
 
@@ -155,7 +157,7 @@ def tokens_only(tokens: Tensor) -> MicroBatch:
     )
 
 
-def _training_step(engine: Any, out: Path) -> dict[str, Any]:
+def training_step(engine: Any, out: Path) -> dict[str, Any]:
     """One forward and backward pass of the DPO loss; the gradients are written to `out` as a model's weights are."""
     from nemo_dpo.checkpoint import sharded
     from nemo_dpo.config.schema import DpoConfig
@@ -172,7 +174,7 @@ def _training_step(engine: Any, out: Path) -> dict[str, Any]:
     engine.optimizer.prepare_grads()
     norm = engine.optimizer.get_grad_norm()
     with torch.no_grad():
-        for parameter in (p for chunk in engine.chunks for p in chunk.parameters()):
+        for parameter in engine.trainable:
             parameter.copy_(parameter.main_grad)
     sharded.save_weights(out, engine)
     return {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nemo_dpo.model.architecture import Architecture, ArchitectureError, RopeScaling
+from nemo_dpo.model.architecture import COMPUTED, Architecture, ArchitectureError, RopeScaling
 
 LEAST: dict[str, Any] = {
     "num_layers": 2,
@@ -29,12 +29,13 @@ def parse(**changes: Any) -> Architecture:
 
 
 def test_defaults_are_nemos() -> None:
-    """megatron_gpt_config.yaml: GPT-2's shape with layernorm1p."""
+    """What NeMo's MegatronGPTModel takes a missing key for: GPT-2's shape."""
     arch = parse()
     assert (arch.ffn_hidden_size, arch.num_query_groups, arch.kv_channels) == (4 * 48, 6, 8)
-    assert (arch.normalization, arch.zero_centered_norm, arch.layernorm_epsilon) == ("LayerNorm", True, 1e-5)
+    assert (arch.normalization, arch.zero_centered_norm, arch.layernorm_epsilon) == ("LayerNorm", False, 1e-5)
     assert (arch.activation, arch.gated, arch.linear_bias, arch.qkv_bias) == ("gelu", False, True, False)
     assert (arch.position_embedding, arch.rotary_base, arch.rotary_percent) == ("learned_absolute", 10000.0, 1.0)
+    assert not arch.rotary_interleaved
     assert (arch.tied_embeddings, arch.make_vocab_size_divisible_by) == (True, 128)
     assert (arch.rope_scaling, arch.rope_interpolation) == (None, None)
 
@@ -92,6 +93,29 @@ def test_normalizations(name: str, normalization: str, zero_centred: bool) -> No
     assert (arch.normalization, arch.zero_centered_norm) == (normalization, zero_centred)
 
 
+def test_switches_beside_the_names() -> None:
+    """`openai_gelu` goes before any activation and leaves it gated; zero-centred norms are a switch, too."""
+    arch = parse(activation="geglu", openai_gelu=True, normalization="rmsnorm", layernorm_zero_centered_gamma=True)
+    assert (arch.activation, arch.gated) == ("gelu_tanh", True)
+    assert (arch.normalization, arch.zero_centered_norm) == ("RMSNorm", True)
+    assert parse(rotary_interleaved=True).rotary_interleaved
+
+
+# What Llama and Nemotron checkpoints of NeMo carry.
+HARMLESS: dict[str, Any] = {
+    "mcore_gpt": True, "name": "megatron_gpt", "apply_query_key_layer_scaling": True, "headscale": False,
+    "transformer_block_type": "pre_ln", "openai_gelu": False, "normalize_attention_scores": True,
+    "attention_type": "multihead", "fp32_residual_connection": False, "window_size": None, "num_moe_experts": None,
+    "rotary_interleaved": False, "layernorm_zero_centered_gamma": False, "qk_layernorm": False,
+    "apply_embedding_scaling": False, "mcore_customization_config": {}, "moe_router_topk": 2,
+}  # fmt: skip
+
+
+def test_harmless_values_change_nothing() -> None:
+    assert parse(**HARMLESS) == parse() == parse(**dict.fromkeys(COMPUTED))
+    assert parse(window_size=[-1, 0]) == parse()  # causal attention, unlimited
+
+
 @pytest.mark.parametrize(
     ("keys", "linear", "qkv"),
     [
@@ -108,6 +132,20 @@ def test_biases(keys: dict[str, bool], linear: bool, qkv: bool) -> None:
 
 def test_the_longest_sequence_stands_in_for_the_positions() -> None:
     assert parse(max_position_embeddings=None, encoder_seq_length=2048).max_position_embeddings == 2048
+
+
+@pytest.mark.parametrize(
+    ("keys", "size"),
+    [
+        ({}, 1000),
+        ({"override_vocab_size": 1200}, 1000),
+        ({"vocab_size": None, "override_vocab_size": 1200}, 1200),
+        ({"vocab_size": None, "override_vocab_size": None}, 900),
+    ],
+)
+def test_the_tokenizer_decides_where_the_config_does_not(keys: dict[str, Any], size: int) -> None:
+    """NeMo's own configs state no vocab_size, and override_vocab_size where the model has more rows than tokens."""
+    assert Architecture.parse({**LEAST, **keys}, tokenizer_vocab_size=900).vocab_size == size
 
 
 def test_rope_scaling() -> None:
@@ -144,6 +182,17 @@ def test_vocabulary_padding(vocabulary: int, multiple: int, tp: int, rows: int) 
         ({"activation": "reglu"}, r"activation='reglu' .* fast-swiglu"),
         ({"position_embedding_type": "alibi"}, r"position_embedding_type='alibi' .* rope"),
         ({"attention_type": "multiquery"}, r"attention_type='multiquery' .* multihead"),
+        ({"mcore_gpt": False}, "mcore_gpt=False is not supported; known: True"),
+        ({"name": "megatron_falcon_gpt"}, "name='megatron_falcon_gpt'"),
+        ({"transformer_block_type": "post_ln"}, "transformer_block_type='post_ln' is not supported; known: pre_ln"),
+        ({"normalize_attention_scores": False}, "normalize_attention_scores=False"),
+        ({"headscale": True}, "headscale=True"),
+        ({"qk_layernorm": True}, "qk_layernorm=True"),
+        ({"window_size": [4095, 0]}, r"window_size=\[4095, 0\]"),
+        ({"softmax_scale": 0.1}, "softmax_scale=0.1 is not supported; known: null"),
+        ({"fp32_residual_connection": True}, "fp32_residual_connection=True"),
+        ({"apply_embedding_scaling": True}, "apply_embedding_scaling=True"),
+        ({"mcore_customization_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping"),
         ({"num_moe_experts": 8}, "num_moe_experts=8"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"type 'yarn' .* llama3"),
         ({"rope_scaling": {"factor": 4.0}}, r"type None"),

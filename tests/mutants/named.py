@@ -6,33 +6,8 @@ that runs the command line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
-from tests.mutants.runner import Mutant
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """One bug, as a change of text."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    test: str
-
-    def apply(self, root: Path) -> Mutant:
-        """The bug in the file below `root`.
-
-        Raises:
-            ValueError: `old` does not occur exactly once there.
-        """
-        source = (root / self.file).read_text(encoding="utf-8")
-        if source.count(self.old) != 1:
-            raise ValueError(f"{self.name}: {self.file} holds {source.count(self.old)} times: {self.old}")
-        return Mutant(self.name, self.file, source.replace(self.old, self.new), (self.test,))
-
+from tests.mutants.adapters import ADAPTER_MUTATIONS
+from tests.mutants.mutation import Mutation
 
 OBJECTIVE = "nemo_dpo/losses/objective.py"
 PREFERENCE = "nemo_dpo/losses/preference.py"
@@ -307,27 +282,31 @@ SPINE_MUTATIONS = (
     Mutation(
         "mean of micro-batches' means",
         STEP,
-        "return output.total, torch.tensor(batch.num_pairs,",
-        "return output.total / max(1, batch.num_pairs), torch.tensor(min(1, batch.num_pairs),",
+        "return output.total, output.weight, sums",
+        "return output.total / output.weight.clamp(min=1), output.weight.clamp(max=1), sums",
         f"{ORACLE}test_gradients[1 process-gqa_tied]",
     ),
     Mutation(
-        "number of pairs counted per rank only",
+        "weight of the own rank only",
         ENGINE,
-        "config.finalize_model_grads_func = finalize_model_grads",
-        "config.finalize_model_grads_func = lambda chunks, tokens, **more: (\n"
-        "            finalize_model_grads(chunks, None, **more),\n"
-        "            [chunk.scale_gradients(1.0 / max(1, tokens)) for chunk in chunks],\n"
-        "        )",
+        "finalize_model_grads(chunks, self._weight, **groups)",
+        "finalize_model_grads(chunks, None, **groups)\n"
+        "        for chunk in chunks:\n"
+        "            chunk.scale_gradients(1.0 / self._weight.clamp(min=1))",
         f"{EQUAL}[sgd-DP 2]",
+    ),
+    Mutation(
+        "pairs counted instead of the objective's weight",
+        STEP,
+        "return output.total, output.weight, sums",
+        "return output.total, output.weight.new_tensor(batch.num_pairs), sums",
+        "tests/parallel/test_weight.py::test_gradients_and_figures_are_divided_by_the_objectives_weight[DP 2]",
     ),
     Mutation(
         "gradients not reduced over the data-parallel group",
         ENGINE,
-        "config.finalize_model_grads_func = finalize_model_grads",
-        "config.finalize_model_grads_func = lambda chunks, tokens, **_: [\n"
-        "            chunk.scale_gradients(0.5 / max(1, tokens)) for chunk in chunks\n"
-        "        ]",
+        "finalize_model_grads(chunks, self._weight, **groups)",
+        "for chunk in chunks:\n            chunk.scale_gradients(0.5 / self._weight.clamp(min=1))",
         f"{EQUAL}[sgd-DP 2]",
     ),
     Mutation(
@@ -383,14 +362,14 @@ SPINE_MUTATIONS = (
     Mutation(
         "reference not frozen",
         FROZEN,
-        "p.detach().clone()",
-        "p.detach()",
+        "p.detach().clone() if on_host",
+        "p.detach() if on_host",
         f"{FROZEN_PASS}test_updates_of_the_policy_do_not_reach_it[1 process]",
     ),
     Mutation(
         "weights not swapped back",
-        FROZEN,
-        "        _point(chunks, own)\n",
+        ENGINE,
+        "        _point(parameters, own)\n",
         "        pass\n",
         f"{FROZEN_PASS}test_weights_are_swapped_inside_and_back_after_an_exception",
     ),
@@ -431,9 +410,9 @@ CHECKPOINT_MUTATIONS = (
     Mutation(
         "unfinished checkpoint taken as complete",
         SHARDED,
-        " and f.suffix != UNFINISHED and",
-        " and",
-        "tests/checkpoint/test_unfinished.py::test_complete_checkpoints_by_step_and_nothing_else",
+        "f.suffix not in (UNFINISHED, REPLACED)",
+        "f.suffix not in (REPLACED,)",
+        "tests/checkpoint/test_unfinished.py::test_complete_checkpoints_and_nothing_else",
     ),
     Mutation(
         "interrupted save looks like a checkpoint",
@@ -452,4 +431,5 @@ MUTATIONS = (
     *CONVERTER_MUTATIONS,
     *SPINE_MUTATIONS,
     *CHECKPOINT_MUTATIONS,
+    *ADAPTER_MUTATIONS,
 )

@@ -37,9 +37,11 @@ OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
 }
 REDUCTIONS = {"sum": "mean", "mean": "sum"}
 SYMMETRIC = {"max", "min", "zip", "maximum", "minimum"}
+# Their arguments are of two kinds, whatever expressions they are: exchanged they raise a TypeError and compute nothing.
+TYPED = {"isinstance", "hasattr", "getattr"}
 SKIPPED_STATEMENTS = (ast.Raise, ast.Import, ast.ImportFrom, ast.Assert)
-# Any value does: how many rows at a time, how far apart seeds are.
-ARBITRARY = {"MEAN_BLOCK_ROWS", "block_rows", "own_seed"}
+# Any value does: how many rows at a time, how far apart seeds are, how long is long.
+ARBITRARY = {"MEAN_BLOCK_ROWS", "block_rows", "own_seed", "PATIENCE"}
 # Keywords that guard against programming errors, or say how something is done rather than what.
 SAFEGUARDS = {"strict", "disable_bucketing"}
 
@@ -164,7 +166,7 @@ def _constants(value: object) -> Iterator[str]:
 def _calls(node: ast.Call) -> Iterator[str]:
     function = node.func
     name = function.attr if isinstance(function, ast.Attribute) else ast.unparse(function)
-    if len(node.args) == 2 and type(node.args[0]) is type(node.args[1]) and name not in SYMMETRIC:
+    if len(node.args) == 2 and type(node.args[0]) is type(node.args[1]) and name not in SYMMETRIC | TYPED:
         yield ast.unparse(ast.Call(function, node.args[::-1], node.keywords))
     if isinstance(function, ast.Attribute) and name in REDUCTIONS:
         method = ast.Attribute(function.value, REDUCTIONS[name], ast.Load())

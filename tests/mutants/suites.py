@@ -7,10 +7,13 @@ EQUAL = "tests/cli/test_equivalence.py::test_same_training_in_every_layout"
 COMMANDS = (rf"{EQUAL}[sgd-PP 2 \xd7 VPP 2]", rf"{EQUAL}[mcore_distributed_optim-DP 2 \xd7 TP 2]")
 SPINE = (
     "tests/parallel/test_update.py",
+    "tests/parallel/test_weight.py",
     "tests/model/test_training_step.py::test_log_probs[PP 2-gqa_tied]",
     "tests/model/test_training_step.py::test_gradients[PP 2-gqa_tied]",
     *COMMANDS,
 )
+RESUME = "tests/cli/test_resume.py::test_stopped_and_resumed_is_uninterrupted"
+RESUMES = (f"{RESUME}[DP 2, distributed]", f"{RESUME}[1 process, sgd]")
 LOSSES = ("tests/losses", "tests/metrics")
 
 SUITES: dict[str, tuple[str, ...]] = {
@@ -23,7 +26,9 @@ SUITES: dict[str, tuple[str, ...]] = {
     "nemo_dpo/parallel/vocab_logps.py": ("tests/logprobs/test_vocab_logps.py", "tests/logprobs/test_vocab_ranks.py"),
     "nemo_dpo/parallel/engine.py": SPINE,
     "nemo_dpo/parallel/response.py": SPINE,
-    "nemo_dpo/parallel/groups.py": ("tests/parallel/test_stages.py", *SPINE),
+    "nemo_dpo/parallel/groups.py": ("tests/parallel/test_stages.py", "tests/model/test_dropout.py", *SPINE),
     "nemo_dpo/parallel/collective.py": ("tests/parallel/test_collective.py", *COMMANDS),
+    "nemo_dpo/parallel/cpu_host.py": ("tests/parallel/test_cpu_host.py", "tests/model/test_dropout.py", *SPINE),
+    "nemo_dpo/parallel/mcore_repairs.py": RESUMES,
     "nemo_dpo/reference/frozen.py": ("tests/reference", *COMMANDS),
 }

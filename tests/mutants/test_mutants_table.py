@@ -67,6 +67,12 @@ def test_every_suite_is_there() -> None:
     assert all((ROOT / path).exists() for path in [*SUITES, *paths])
 
 
+def test_every_module_of_losses_and_parallel_has_a_suite() -> None:
+    folders = (ROOT / "nemo_dpo" / name for name in ("losses", "metrics", "parallel"))
+    modules = {f"{path.relative_to(ROOT)}" for folder in folders for path in folder.glob("*.py")}
+    assert {path for path in modules - SUITES.keys() if not path.endswith("__init__.py")} == set()
+
+
 def test_operator_changes_by_hand() -> None:
     found = operators.changes("file.py", SOURCE)
     assert [f"{change.old} → {change.new}" for change in found] == CHANGES.split("\n")[1:-1]

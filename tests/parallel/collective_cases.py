@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,3 +61,24 @@ def outcomes(rank: int) -> dict[str, Any]:
         found[f"{name}, then"] = together.item()
     found["calls"] = calls
     return found
+
+
+def outlast_the_timeout(rank: int, folder: Path) -> dict[str, tuple[str, str]]:
+    """Rank 0 works three times as long as a collective of training may take, then misses one as long."""
+    limit = 1.0
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/again", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=limit)
+    )
+
+    def work() -> str:
+        time.sleep(3 * limit)
+        return "done"
+
+    def collective() -> str:
+        if rank == 0:
+            return work()
+        dist.all_reduce(torch.ones(()))
+        return "reduced"
+
+    return {"work of rank 0": outcome(lambda: on_rank_zero(work)), "hung collective": outcome(collective)}

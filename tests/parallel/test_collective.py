@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.parallel.collective_cases import outcomes
+from tests.parallel.collective_cases import outcomes, outlast_the_timeout
 from tests.support.ranks import run_ranks
 
 WORLD = 3
@@ -51,3 +52,10 @@ def test_rank_zeros_error_raises_on_all(ranks: list[dict[str, Any]]) -> None:
 def test_the_ranks_stay_in_step(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert [value for name, value in found.items() if name.endswith(", then")] == [WORLD] * 6
+
+
+def test_work_of_rank_zero_may_outlast_the_timeout_of_training(tmp_path: Path) -> None:
+    found = run_ranks(2, outlast_the_timeout, tmp_path, tmp_path, timeout=60)
+    assert [rank["work of rank 0"] for rank in found] == [("returned", "done")] * 2
+    kind, text = found[1]["hung collective"]
+    assert kind == "RuntimeError" and "imed out" in text, text

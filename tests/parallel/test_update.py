@@ -13,7 +13,7 @@ from nemo_dpo.checkpoint.archive import MODEL_WEIGHTS
 from nemo_dpo.checkpoint.weights import read_weights
 from nemo_dpo.config.schema import OptimConfig
 from tests.model.model_cases import make_case
-from tests.parallel.update_cases import clipped_updates, masters_at_start, update_on_nan
+from tests.parallel.update_cases import clipped_updates, decayed, masters_at_start, update_on_nan
 from tests.support.ranks import run_ranks
 
 LEARNING_RATE = 0.1  # of the SGD that tests.model.model_cases.build gives
@@ -55,6 +55,14 @@ def test_every_key_of_the_optimizer_arrives(name: str, optimizer: str, distribut
     assert (made.lr, made.weight_decay, made.adam_beta1, made.adam_beta2) == (0.25, 0.5, 0.75, 0.875)
     assert (made.adam_eps, made.sgd_momentum) == (0.125, 0.625)
     assert (made.bf16, made.params_dtype, made.clip_grad) == (True, torch.bfloat16, 0.0)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "mcore_distributed_optim"])
+def test_norms_and_biases_are_not_decayed(nemo: Path, tmp_path: Path, optimizer: str) -> None:
+    left = run_ranks(1, decayed, tmp_path, nemo, optimizer)[0]
+    kept = {name for name, share in left.items() if share == pytest.approx(1, rel=1e-6)}
+    assert kept == {name for name in left if "norm" in name or name.endswith("bias")} != set()
+    assert [left[name] for name in left.keys() - kept] == pytest.approx([1 - 0.5 * 0.25] * (len(left) - len(kept)))
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,27 @@ def update_on_nan(_rank: int, nemo: Path) -> tuple[str, bool]:
     return "", False
 
 
+def decayed(_rank: int, nemo: Path, optimizer: str) -> dict[str, float]:
+    """What an update without a gradient leaves of each parameter's norm, at lr 0.5 and a weight decay of 0.25."""
+    from nemo_dpo.app import build_engine, layout_of
+    from nemo_dpo.checkpoint import archive
+    from nemo_dpo.config.schema import Config, ModelConfig, OptimConfig, TrainerConfig
+    from nemo_dpo.parallel import cpu_host
+    from nemo_dpo.parallel.groups import initialize
+
+    cpu_host.install()
+    optim = OptimConfig(name=optimizer, lr=0.5, weight_decay=0.25)
+    cfg = Config(trainer=TrainerConfig(precision="32", accelerator="cpu"), model=ModelConfig(optim=optim))
+    groups = initialize(layout_of(cfg, 1), torch.device("cpu"), seed=1)
+    engine, _ = build_engine(cfg, archive.read_model_config(nemo), nemo, "", groups)
+    parameters = dict(engine.chunks[0].named_parameters())
+    before = {name: float(parameter.detach().norm()) for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.main_grad.zero_()
+    engine.update(0.0)
+    return {name: float(parameter.detach().norm()) / before[name] for name, parameter in parameters.items()}
+
+
 def masters_at_start(_rank: int, nemo: Path, world: int, optimizer: str) -> dict[str, Tensor]:
     """A bf16 run's parameters and the masters that this rank's optimizer holds, each in one sorted row."""
     from nemo_dpo.app import build_engine, layout_of
@@ -78,7 +99,7 @@ def masters_at_start(_rank: int, nemo: Path, world: int, optimizer: str) -> dict
         model=ModelConfig(optim=OptimConfig(name=optimizer, lr=1e-6)),
     )
     groups = initialize(layout_of(cfg, world), torch.device("cpu"), seed=1)
-    engine = build_engine(cfg, archive.read_model_config(nemo), nemo, groups)
+    engine, _ = build_engine(cfg, archive.read_model_config(nemo), nemo, "", groups)
     parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
     masters = [p.main_param for p in parameters if p.main_param is not None]
     return {"parameters": _sorted(parameters), "masters": _sorted(masters)}

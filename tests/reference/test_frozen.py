@@ -65,13 +65,11 @@ def modules() -> list[nn.Module]:
 
 def test_weights_are_swapped_inside_and_back_after_an_exception() -> None:
     chunks = modules()
-    own = [p.detach().clone() for chunk in chunks for p in chunk.parameters()]
-    storages = [p.data_ptr() for chunk in chunks for p in chunk.parameters()]
-    other = [[torch.full_like(p, 7.0) for p in chunk.parameters()] for chunk in chunks]
-    with pytest.raises(Broken), weights_swapped(chunks, other):
-        assert all((p == 7.0).all() for chunk in chunks for p in chunk.parameters())
-        raise Broken
     parameters = [p for chunk in chunks for p in chunk.parameters()]
+    own, storages = [p.detach().clone() for p in parameters], [p.data_ptr() for p in parameters]
+    with pytest.raises(Broken), weights_swapped(parameters, [torch.full_like(p, 7.0) for p in parameters]):
+        assert all((p == 7.0).all() for p in parameters)
+        raise Broken
     assert [p.data_ptr() for p in parameters] == storages
     assert all(torch.equal(p, before) for p, before in zip(parameters, own, strict=True))
 

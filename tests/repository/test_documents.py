@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_dpo.config import ConfigError, load_config
+from nemo_dpo.config import ConfigError, load_config, parse_cli
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -54,7 +54,8 @@ def check_command(words: list[str], folder: Path) -> None:
         script = next(word for word in arguments if word.endswith((".py", ".sbatch")))
         assert (folder / script).is_file(), words
         if Path(script).stem == "train_gpt_dpo":
-            load_config(ROOT / "conf", "gpt_dpo", arguments[arguments.index(script) + 1 :])
+            line = parse_cli(arguments[arguments.index(script) + 1 :], ROOT / "conf", "gpt_dpo")
+            load_config(line.config_dir, line.config_name, line.overrides)
 
 
 @pytest.mark.parametrize("block", all_blocks("bash"))

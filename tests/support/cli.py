@@ -50,17 +50,24 @@ _context.set_forkserver_preload(["tests.support.preload"])
 
 
 def run_cli(
-    arguments: Sequence[str], log_dir: Path, *, check: bool = True, timeout: float = 180, patches: Sequence[str] = ()
+    arguments: Sequence[str],
+    log_dir: Path,
+    *,
+    check: bool = True,
+    timeout: float = 180,
+    patches: Sequence[str] = (),
+    job: str = "train",
 ) -> Run:
     """Run train_gpt_dpo with `arguments`; a status other than 0 fails the test unless `check` is false.
 
     Args:
         patches: names of functions `module:function` that the process calls before the run, to watch or break it.
+        job: the function of nemo_dpo.app; train_gpt_dpo's unless given.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     output = log_dir / "output.txt"
     everything = [f"exp_manager.explicit_log_dir={log_dir}", "exp_manager.create_tensorboard_logger=false", *arguments]
-    process = _context.Process(target=_child, args=(everything, str(output), list(patches)))
+    process = _context.Process(target=_child, args=(everything, str(output), list(patches), job))
     process.start()
     process.join(timeout)
     if process.is_alive():
@@ -73,7 +80,7 @@ def run_cli(
     return run
 
 
-def _child(arguments: list[str], output: str, patches: list[str]) -> None:
+def _child(arguments: list[str], output: str, patches: list[str], job: str) -> None:
     import importlib
 
     with open(output, "ab", buffering=0) as file:
@@ -85,7 +92,7 @@ def _child(arguments: list[str], output: str, patches: list[str]) -> None:
     from nemo_dpo.launch import main
 
     sys.argv = ["train_gpt_dpo.py", *arguments]
-    status = main(CONF, "gpt_dpo", "train", arguments)
+    status = main(CONF, "gpt_dpo", job, arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -14,6 +14,11 @@ from tools import quickstart
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 TINY = ("trainer.precision=32", "trainer.dpo.max_steps=2", "trainer.dpo.limit_val_batches=1")
+# What a run leaves in its folder checkpoints/, by --peft.
+CHECKPOINTS = {
+    "none": ("megatron_gpt.nemo", "megatron_gpt_hf"),
+    "lora": ("megatron_gpt.nemo", "megatron_gpt_peft", "merged.nemo", "merged_hf"),
+}
 # Three steps of 16 pairs at the full rate, 32 pairs to validate, nothing written that is not looked at.
 SHORT = (
     "trainer.dpo.max_steps=3",
@@ -35,26 +40,28 @@ def package_on_path() -> Iterator[None]:
         yield
 
 
-def test_all_steps_on_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("peft", CHECKPOINTS)
+def test_all_steps_on_a_tiny_model(peft: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     hf = write_hf_model(tmp_path / "hf")
     (hf / "chat_template.jinja").write_text(TEMPLATE)
     work = tmp_path / "work" / "hf"
-    start = ["--model", str(hf), "--work-dir", str(work.parent), *TINY]
+    start = ["--peft", peft, "--model", str(hf), "--work-dir", str(work.parent), *TINY]
+    results, config = {"none": ("results", "quickstart"), "lora": ("results_lora", "quickstart_lora")}[peft]
 
     assert quickstart.main(start) == 0
     output = capfd.readouterr().out
-    for tool in ("convert_llama_hf_to_nemo.py", "apply_chat_template.py", "train_gpt_dpo.py --config-name=quickstart"):
+    for tool in ("convert_llama_hf_to_nemo.py", "apply_chat_template.py", f"train_gpt_dpo.py --config-name={config} "):
         assert tool in output
-    first, last = quickstart.validations(work / "results")
+    first, last = quickstart.validations(work / results)
     assert first["acc"] == 0.0 and last["loss"] != first["loss"]
     assert f"accuracy        0.000  {last['acc']:6.3f}" in output
     assert output.count("\n  before: ") == output.count("  after: ") == quickstart.QUESTIONS
-    for name in ("results/metrics.png", "results/checkpoints/megatron_gpt.nemo", "results/checkpoints/megatron_gpt_hf"):
-        assert (work / name).exists() and str(work / name) in output
+    for name in ("metrics.png", *(f"checkpoints/{name}" for name in CHECKPOINTS[peft])):
+        assert (work / results / name).exists() and f"{work / results / name}\n" in output
 
     assert quickstart.main(start) == 0
     again = capfd.readouterr().out
-    assert again.count("== reusing") == 2 and "train_gpt_dpo.py" not in again
+    assert again.count("== reusing") == {"none": 2, "lora": 3}[peft] and "train_gpt_dpo.py" not in again
     assert again[again.index("\n> ") :] == output[output.index("\n> ") :]  # answers, figures and paths
 
 

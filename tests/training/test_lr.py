@@ -25,12 +25,12 @@ COSINES = [
 ]
 
 
-def rates(steps: int, max_steps: int, lr: float = LR, **sched: Any) -> list[float]:
-    """The rate that each of the first `steps` updates is made with."""
+def rates(steps: int, max_steps: int, lr: float = LR, first: int = 0, **sched: Any) -> list[float]:
+    """The rate that each of the updates `first` … `steps` − 1 is made with."""
     optimizer = SGD([torch.nn.Parameter(torch.zeros(()))], lr=lr)
-    scheduler = build_scheduler(optimizer, OptimConfig(lr=lr, sched=SchedConfig(**sched)), max_steps)
+    scheduler = build_scheduler(optimizer, OptimConfig(lr=lr, sched=SchedConfig(**sched)), first, max_steps)
     found = []
-    for _ in range(steps):
+    for _ in range(first, steps):
         found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
@@ -104,11 +104,50 @@ def test_warmup_ratio_is_a_share_of_all_steps_rounded_down(name: str, ratio: flo
     assert by_ratio == rates(steps, steps, warmup_steps=warmup, **common)
 
 
+@pytest.mark.parametrize("first", range(1, 13))
+@pytest.mark.parametrize(
+    ("name", "warmup", "constant"),
+    [("CosineAnnealing", 3, 4), ("CosineAnnealing", 3, 0), ("linear", 3, 4), ("constant", 3, 4)],
+)
+def test_begun_in_its_middle_it_goes_on_as_if_it_had_begun_at_0(
+    name: str, warmup: int, constant: int, first: int
+) -> None:
+    settings = {"name": name, "min_lr": MIN_LR, "warmup_steps": warmup, "constant_steps": constant}
+    assert rates(12, 12, first=first, **settings) == rates(12, 12, **settings)[first:]
+
+
+AT_ONCE = (
+    "the run has 12 steps, not more than warm-up (2) and model.optim.sched.constant_steps=1000 together: right after "
+    "the warm-up the learning rate is min_lr=9e-07; set constant_steps=0"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warning"),
+    [
+        ({"warmup_steps": 2, "constant_steps": 1000}, AT_ONCE),
+        ({"warmup_steps": 2, "constant_steps": 10}, "constant_steps=10 together"),
+        ({"warmup_steps": 2, "constant_steps": 9}, None),
+        ({"warmup_steps": 2, "constant_steps": 0}, None),
+        ({"warmup_steps": 2, "constant_steps": 1000, "name": "linear"}, None),
+        ({"warmup_steps": 11, "constant_steps": 0}, None),
+        ({"warmup_steps": 12, "constant_steps": 0}, "warms up for 12: the learning rate never reaches model.optim.lr="),
+        ({"warmup_steps": None, "warmup_ratio": 1.0, "name": "constant"}, "warms up for 12"),
+    ],
+)
+def test_a_run_too_short_for_its_schedule_says_so(
+    settings: dict[str, Any], warning: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    rates(1, 12, **settings)
+    assert [warning in record.getMessage() for record in caplog.records if warning] == [True] * bool(warning)
+    assert bool(caplog.records) == bool(warning)
+
+
 def test_every_parameter_group_follows() -> None:
     groups = [{"params": [torch.nn.Parameter(torch.zeros(()))], "weight_decay": decay} for decay in (0.0, 0.1)]
     optimizer = SGD(groups, lr=1.0)
     sched = SchedConfig(name="linear", warmup_steps=0, min_lr=0.0)
-    scheduler = build_scheduler(optimizer, OptimConfig(lr=1.0, sched=sched), 4)
+    scheduler = build_scheduler(optimizer, OptimConfig(lr=1.0, sched=sched), 0, 4)
     optimizer.step()
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.75, 0.75]

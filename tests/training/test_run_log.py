@@ -1,4 +1,4 @@
-"""Where a run writes, what a resumed run drops from metrics.jsonl, and how checkpoints are named."""
+"""Where a run writes, what a resumed run drops from metrics.jsonl, and what a fresh one keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 from nemo_dpo.config import Config, to_yaml
 from nemo_dpo.config.exp_manager import ExpManagerConfig
-from nemo_dpo.training.cadence import checkpoint_name
 from nemo_dpo.training.run_log import JsonlLogger, log_dir_of, read_metrics, save_run_facts
 
 DATE = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"
@@ -102,18 +101,22 @@ def test_a_fresh_log(tmp_path: Path) -> None:
     assert read_metrics(path) == ROWS
 
 
-@pytest.mark.parametrize(
-    ("template", "name"),
-    [
-        ("gpt--{val_loss:.3f}-{step}", "gpt--val_loss=0.123-step=40"),
-        ("{step}-{consumed_samples}-{epoch}", "step=40-consumed_samples=320-epoch=0"),
-        ("plain", "plain"),
-        ("{never_logged:.2f}", "never_logged=0.00"),
-    ],
-)
-def test_checkpoint_names(template: str, name: str) -> None:
-    values = {"val_loss": 0.12345, "step": 40, "consumed_samples": 320, "epoch": 0}
-    assert checkpoint_name(template, values) == name
+def test_a_fresh_start_sets_the_figures_of_earlier_runs_aside(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for loss in (0.1, 0.2, 0.3):
+        JsonlLogger(path, 0).log_metrics({"train/loss": loss}, 0)
+    kept = [read_metrics(tmp_path / name)[0]["train/loss"] for name in ("metrics_1.jsonl", "metrics_2.jsonl")]
+    assert kept == [0.1, 0.2]
+    assert read_metrics(path) == [{"step": 0, "train/loss": 0.3}]
+
+
+def test_each_start_keeps_the_configuration_of_the_earlier_ones(tmp_path: Path) -> None:
+    starts = [Config(), Config(), Config(allow_unverified=True), Config()]
+    for cfg in starts:
+        save_run_facts(cfg, tmp_path)
+    texts = [(tmp_path / "run" / f"config{end}.yaml").read_text() for end in ("_1", "_2", "")]
+    assert texts == [to_yaml(cfg) for cfg in starts[1:]], "the second start had the same as the first"
+    assert {path.name for path in (tmp_path / "run").glob("versions*")} == {"versions.json"}
 
 
 def test_the_facts_of_a_run_lie_beside_its_checkpoints(tmp_path: Path) -> None:

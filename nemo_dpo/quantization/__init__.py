@@ -1,0 +1,1 @@
+"""The frozen base weights in four bits (QLoRA, arXiv:2305.14314)."""

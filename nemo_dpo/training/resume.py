@@ -1,0 +1,106 @@
+"""Going on with a run: from which checkpoint, what must be as it was, and what follows each start's configuration."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_dpo.checkpoint import CheckpointError, sharded
+from nemo_dpo.config import Config
+from nemo_dpo.config.exp_manager import ExpManagerConfig
+
+logger = logging.getLogger(__name__)
+
+# Keys of model.dpo that leave the loss as it is; `reference` is recorded by what it amounts to.
+NOT_THE_OBJECTIVE = ("reference", "log_prob_forward_micro_batch_size")
+
+
+def checkpoint_to_resume(manager: ExpManagerConfig, folder: Path) -> Path | None:
+    """The checkpoint that this start goes on from: the one given, else the one saved last in `folder`; None: afresh.
+
+    Raises:
+        CheckpointError: the one given is none; a fresh start would write among the checkpoints of an earlier run; or
+            there is none and a fresh start is not wanted.
+    """
+    for left in sharded.remove_unfinished(folder):
+        logger.warning("removed %s, left by an interrupted save", left)
+    for half in folder.glob(".*.nemo.*.tmp"):  # archive.write_archive's name
+        half.unlink()
+    if manager.resume_from_checkpoint is not None:
+        found = [Path(manager.resume_from_checkpoint).absolute()]
+        sharded.read_progress(found[-1])
+    else:
+        found = sharded.complete_checkpoints(folder)
+        _check_wish(manager, folder, bool(found))
+    if found:
+        logger.info("resuming from %s", found[-1])
+    return found[-1] if found else None
+
+
+def _check_wish(manager: ExpManagerConfig, folder: Path, found: bool) -> None:
+    if found and not manager.resume_if_exists:
+        raise CheckpointError(
+            f"{folder} holds checkpoints and exp_manager.resume_if_exists=false asks for a new run, which would mix "
+            "with them; choose another exp_manager.explicit_log_dir, move that folder away, or set it to true to go on"
+        )
+    if not found and manager.resume_if_exists and not manager.resume_ignore_no_checkpoint:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint and exp_manager.resume_ignore_no_checkpoint=false; "
+            "set it to true to start afresh"
+        )
+
+
+def fixed_facts(cfg: Config, weights: str, more: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is about: its data and their order, the weights it starts from, its reference and its objective.
+
+    Args:
+        weights: hash of the weights of pretrained_checkpoint.restore_from_path.
+        more: of the data, and of the adapters.
+    """
+    objective = {key: value for key, value in asdict(cfg.model.dpo).items() if key not in NOT_THE_OBJECTIVE}
+    return {
+        **more,
+        "starting_weights": weights,
+        "model.peft.peft_scheme": cfg.model.peft.peft_scheme,
+        "model.peft.base_quantization": cfg.model.peft.base_quantization,
+        # Cached log-probs are the same, made at another time.
+        "reference": cfg.model.reference_kind.removeprefix("cached:"),
+        "model.optim.name": cfg.model.optim.name,
+        **{f"model.dpo.{key}": value for key, value in objective.items()},
+    }
+
+
+def steering(cfg: Config, max_steps: int) -> dict[str, Any]:
+    """What steers the updates: with the step they say what optimizer and schedule do, whatever was before."""
+    optim = {key: value for key, value in asdict(cfg.model.optim).items() if key not in ("name", "sched")}
+    return {
+        "max_steps": max_steps,
+        **{f"model.optim.{key}": value for key, value in optim.items()},
+        **{f"model.optim.sched.{key}": value for key, value in asdict(cfg.model.optim.sched).items()},
+    }
+
+
+def check_fixed(progress: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on as another run than the one that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: naming the first of `fixed_facts` that changed.
+    """
+    was = progress.get("fixed", {})
+    for key, value in now.items():
+        if was.get(key, value) != value:
+            raise CheckpointError(
+                f"cannot resume: {key} was {was[key]} when the checkpoint was written and is {value}; "
+                "restore it, or start in another exp_manager.explicit_log_dir"
+            )
+
+
+def announce_steering(progress: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """One line for each of `steering` that this start changes."""
+    was = progress.get("steering", {})
+    for key, value in now.items():
+        if was.get(key, value) != value:
+            logger.info("%s was %s and is %s from step %d on", key, was[key], value, progress["step"])

@@ -1,0 +1,49 @@
+"""One rank of test_oracle.py: adapters whose B is not zero, their log-probs and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_dpo.lora.spec import LoraSpec
+from tests.model.model_cases import SIZES, build, random_batches, training_step
+
+SEED = 3
+
+
+def dimensions(nemo: Path) -> Any:
+    from nemo_dpo.checkpoint import archive
+    from nemo_dpo.model.architecture import Architecture
+
+    return Architecture.parse(archive.read_model_config(nemo)).dimensions
+
+
+def findings(_rank: int, nemo: Path, layout: Any, spec: LoraSpec, out: Path) -> dict[str, Any]:
+    """Log-probs with the adapter, without, and without beside another one that is frozen; loss, gradients in `out`."""
+    from nemo_dpo.lora.adapters import activate, active, attach, initial
+    from nemo_dpo.lora.spec import POLICY
+    from nemo_dpo.parallel.response import collect_logps
+
+    sizes = dimensions(nemo)
+
+    def prepare(chunks: list[Any]) -> None:
+        attach(chunks, "other", spec, sizes, initial(spec, sizes, SEED + 1, b="xavier"))
+        for chunk in chunks:
+            chunk.freeze_base()
+        attach(chunks, POLICY, spec, sizes, initial(spec, sizes, SEED, b="xavier"))
+        activate(chunks, POLICY)
+
+    engine = build(nemo, layout, prepare)
+    batches = random_batches(SIZES, multiple=layout.tp)
+    found: dict[str, Any] = {}
+    for name in (None, "other", POLICY):
+        with active(engine.chunks, name):
+            found[f"logps {name}"] = engine.forward_only(batches, collect_logps)
+    names = [name for chunk in engine.chunks for name, p in chunk.named_parameters() if p.requires_grad]
+    found["trained"] = all(".adapters.policy." in name for name in names)
+    found["shapes"] = {
+        name.split("adapters.policy.")[1]: list(p.shape)
+        for name, p in engine.chunks[0].named_parameters()
+        if name.startswith("decoder.layers.0.self_attention") and ".adapters.policy." in name
+    }
+    return found | training_step(engine, out)

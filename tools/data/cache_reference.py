@@ -1,0 +1,24 @@
+#!/usr/bin/env python3
+"""Compute the reference log-probs that training with model.dpo.reference.kind=cached reads, and exit.
+
+    python tools/data/cache_reference.py model.dpo.reference.cache_dir=/path/to/cache ...
+
+The other arguments are those of train_gpt_dpo.py; the number of ranks and the parallel sizes need not be those of the
+training. Without cache_dir the results folder must be the training's. model.dpo.reference.kind is cached unless given.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def main() -> int:
+    from nemo_dpo.launch import main as launch
+
+    return launch(ROOT / "conf", "gpt_dpo", "cache_reference", ["model.dpo.reference.kind=cached", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
