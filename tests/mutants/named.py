@@ -389,6 +389,30 @@ SPINE_MUTATIONS = (
     ),
 )
 
+WAITING_AND_DRAWING_MUTATIONS = (
+    Mutation(
+        "attention's masks alike on the tensor-parallel ranks",
+        "nemo_dpo/parallel/groups.py",
+        "contextlib.nullcontext() if sequence_parallel else get_cuda_rng_tracker().fork()",
+        "contextlib.nullcontext()",
+        "tests/model/test_dropout.py::test_masks[TP 2]",
+    ),
+    Mutation(
+        "a fork within megatron-core's fork",
+        "nemo_dpo/parallel/groups.py",
+        "contextlib.nullcontext() if sequence_parallel else get_cuda_rng_tracker().fork()",
+        "get_cuda_rng_tracker().fork()",
+        "tests/model/test_dropout.py::test_recompute_draws_the_masks_of_the_forward_pass[TP 2 + SP-weights]",
+    ),
+    Mutation(
+        "work of rank 0 awaited in the group of training",
+        "nemo_dpo/parallel/collective.py",
+        "group=_waiting_group(dist.group.WORLD)",
+        "group=None",
+        "tests/parallel/test_collective.py::test_work_of_rank_zero_may_outlast_the_timeout_of_training",
+    ),
+)
+
 CHECKPOINT_MUTATIONS = (
     Mutation(
         "resume without the optimizer's state",
@@ -430,6 +454,7 @@ MUTATIONS = (
     *LOGPROB_MUTATIONS,
     *CONVERTER_MUTATIONS,
     *SPINE_MUTATIONS,
+    *WAITING_AND_DRAWING_MUTATIONS,
     *CHECKPOINT_MUTATIONS,
     *ADAPTER_MUTATIONS,
 )
