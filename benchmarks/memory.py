@@ -4,8 +4,8 @@
     python benchmarks/memory.py --nemo mcore_gpt.nemo --pairs pairs.jsonl
 
 Every run trains on the first STEPS × BATCH pairs in file order, as one process on the CPU. Its peak is the largest
-resident set of that process from its start on, so it includes loading and the reference passes. docs/memory.md has the
-figures.
+resident set of that process from its start on, so it includes loading and the reference passes. The figures go to
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "setting": SETTING,
         "rows": [{name: value for name, value in row.items() if name != "versions"} for row in rows],
     }
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return 0
 
