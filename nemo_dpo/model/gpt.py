@@ -77,7 +77,7 @@ class ResponseGPT(GPTModel):
     def _decode(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
         start, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=position_ids)
         if self.pre_process and self.frozen_base and torch.is_grad_enabled():
-            # Recomputed layers and pipeline stages pass a gradient on only if their input asks for one.
+            # Recomputed layers pass a gradient on, to their adapters too, only if their input asks for one.
             start = start.detach().requires_grad_()
         return self.decoder(hidden_states=start, attention_mask=None, rotary_pos_emb=rotary)
 

@@ -34,7 +34,7 @@ LAYOUTS = {
 SPECS = {
     "nemo, all": LoraSpec(linears_of(["all"]), rank=4, alpha=6.0),
     "canonical, all": LoraSpec(linears_of(["all"]), rank=4, alpha=6.0, variant="canonical"),
-    # Under PP 2 the first stage has no adapter: a gradient must still get through it.
+    # Under PP 2 the first stage has no adapter.
     "attention, one layer": LoraSpec(linears_of(["attention"]), rank=8, alpha=4.0, layers=(3,)),
 }
 HF = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}

@@ -87,11 +87,11 @@ ADAPTER_MUTATIONS = (
         f"{LOGPS}[canonical, all-1 process]",
     ),
     Mutation(
-        "no gradient through a stage without adapters",
+        "no gradient through recomputed layers",
         "nemo_dpo/model/gpt.py",
         "start = start.detach().requires_grad_()",
         "start = start.detach()",
-        f"{GRADIENTS}[attention, one layer-PP 2]",
+        "tests/cli/test_lora.py::test_same_training_in_every_layout[nemo, distributed Adam-recompute full]",
     ),
     Mutation(
         "scale forgotten in the merge",
@@ -112,7 +112,7 @@ ADAPTER_MUTATIONS = (
         CACHED,
         "self._tables[split][batch.pair_index.cpu().numpy()]",
         "self._tables[split][batch.pair_index.cpu().numpy() - 1]",
-        ROWS,
+        FILLED,
     ),
     Mutation(
         "chosen and rejected swapped in the cache",
