@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from nemo_dpo.checkpoint import CheckpointError, archive
+from tests.support.disk import full_disk
 
 CONFIG = {"num_layers": 2, "layernorm_epsilon": 1e-5, "name": "тест"}
 Member = tuple[str, bytes]
@@ -225,20 +225,10 @@ def test_paths_that_are_no_archives(tmp_path: Path) -> None:
             pass
 
 
-@pytest.fixture
-def full_disk(folder: Path) -> Iterator[None]:
-    """No file may grow over 50 kB: the write fails as on a full disk (OSError)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_leaves_the_earlier_archive_and_no_rubbish(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.nemo"
     path.write_bytes(b"the earlier one")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with full_disk(50_000), pytest.raises(CheckpointError, match="cannot be written"):
         archive.write_archive(folder, path, overwrite=True)
     assert path.read_bytes() == b"the earlier one"
     assert {entry.name for entry in tmp_path.iterdir()} == {"content", "model.nemo"}

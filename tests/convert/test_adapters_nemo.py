@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 import signal
 import subprocess
 import sys
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from nemo_dpo.convert.adapter_nemo import check_base, dimensions_of, read_adapte
 from nemo_dpo.lora.file import AdapterFile
 from nemo_dpo.lora.spec import LoraSpec
 from tests.convert.adapter_cases import ALL, CONFIG, SPECS, assert_same, entries, random_adapter
+from tests.support.disk import full_disk
 
 DIMENSIONS = dimensions_of(CONFIG)
 LAYER = "model.decoder.layers.1"
@@ -303,19 +303,9 @@ def test_nothing_is_replaced_unasked(path: Path) -> None:
     assert read_adapter(path, DIMENSIONS).spec == other.spec
 
 
-@pytest.fixture
-def full_disk(path: Path) -> Iterator[None]:
-    """No file may grow over 10 kB: writes fail as on a full disk (OSError)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_leaves_the_earlier_archive_and_no_rubbish(path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_disk_leaves_the_earlier_archive_and_no_rubbish(path: Path) -> None:
     before = path.read_bytes()
-    request.getfixturevalue("full_disk")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with full_disk(10_000), pytest.raises(CheckpointError, match="cannot be written"):
         write_adapter(path, random_adapter(SPECS["canonical, all"]), CONFIG, overwrite=True)
     assert path.read_bytes() == before and entries(path.parent) == {"lora.nemo"}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from nemo_dpo.convert import hf_to_nemo, nemo_to_hf
 from nemo_dpo.model.architecture import ArchitectureError
 from nemo_dpo.tokenizer import TokenizerError
 from tests.convert.conftest import hf_tensors
+from tests.support.disk import full_disk
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -143,16 +142,6 @@ def converted(llama: Any) -> tuple[Path, Path]:
     return source, source.parent / "model.nemo"
 
 
-@pytest.fixture
-def full_disk(converted: Any) -> Iterator[None]:
-    """No file may grow over 100 kB: writes fail as on a full disk (OSError)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_leaves_what_was_there_and_no_rubbish(converted: tuple[Path, Path]) -> None:
     source, nemo = converted
     before = nemo.read_bytes()
@@ -160,7 +149,7 @@ def test_a_full_disk_leaves_what_was_there_and_no_rubbish(converted: tuple[Path,
         lambda: hf_to_nemo(source, nemo, overwrite=True),
         lambda: nemo_to_hf(nemo, source.parent / "back"),
     ):
-        with pytest.raises(CheckpointError) as caught:
+        with full_disk(100_000), pytest.raises(CheckpointError) as caught:
             convert()
         assert "\n" not in str(caught.value)
     assert nemo.read_bytes() == before
