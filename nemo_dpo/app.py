@@ -8,12 +8,12 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -23,31 +23,31 @@ from nemo.utils import logging as nemo_logging
 
 from nemo_dpo.checkpoint import archive, sharded
 from nemo_dpo.checkpoint.fingerprint import weights_hash
-from nemo_dpo.config import Config, ConfigError
+from nemo_dpo.config import Config
 from nemo_dpo.lora.spec import POLICY
 from nemo_dpo.losses import build_objective
 from nemo_dpo.model.architecture import Architecture, stated_vocab_size
-from nemo_dpo.model.build import BuildOptions, build_model, has_transformer_engine
-from nemo_dpo.model.gpt import ResponseGPT
 from nemo_dpo.parallel import cpu_host
 from nemo_dpo.parallel.collective import agree, on_rank_zero
-from nemo_dpo.parallel.engine import Engine, weights_swapped
+from nemo_dpo.parallel.engine import Engine, Evaluator
 from nemo_dpo.parallel.groups import Groups, Layout, initialize
-from nemo_dpo.quantization.linear import quantize_
 from nemo_dpo.reference.adapter import AdapterReference
 from nemo_dpo.reference.cached import CachedReference, fill
 from nemo_dpo.reference.frozen import FrozenReference, Reference
 from nemo_dpo.tokenizer import load_tokenizer
 from nemo_dpo.training import run_log, signals
-from nemo_dpo.training.adapters import Adapted, adapt, export_adapter
+from nemo_dpo.training.adapters import Adapted, export_adapter
 from nemo_dpo.training.cadence import Cadence, CheckpointKeeper, Rhythm
 from nemo_dpo.training.data import PairData
 from nemo_dpo.training.finish import export_nemo, finish, nemo_path
 from nemo_dpo.training.module import PreferenceModule
+from nemo_dpo.training.policy import build_engine, build_evaluator
 from nemo_dpo.training.resume import announce_steering, check_fixed, checkpoint_to_resume, fixed_facts, steering
 from nemo_dpo.training.strategy import MegatronStrategy
 
 logger = logging.getLogger(__name__)
+
+E = TypeVar("E", bound=Evaluator)
 
 
 def train(cfg: Config) -> int:
@@ -57,7 +57,7 @@ def train(cfg: Config) -> int:
         log_dir = on_rank_zero(lambda: run_log.log_dir_of(cfg.exp_manager))  # it may ask the clock
         on_rank_zero(lambda: run_log.check_wandb(cfg.exp_manager))
         resume = on_rank_zero(lambda: checkpoint_to_resume(cfg.exp_manager, log_dir / "checkpoints"))
-        with _started(cfg, log_dir, groups) as start:
+        with _started(cfg, log_dir, groups, build_engine) as start:
             facts = _facts(cfg, start)
             first_step = _step_to_resume(resume, start, facts) if resume else 0
             reference, data = build_reference(cfg, start), start.data
@@ -68,7 +68,7 @@ def train(cfg: Config) -> int:
                 module, data.train_loader(lambda: trainer.global_step), ckpt_path=str(resume) if resume else None
             )
             if trainer.global_step >= data.max_steps:
-                finish(cfg, log_dir, module, data, start.export)
+                finish(cfg, log_dir, module, data, partial(_export, start))
             else:
                 logger.warning(
                     "ended after step %d of %d (%s); start again to resume",
@@ -84,18 +84,19 @@ def cache_reference(cfg: Config) -> int:
     with process_group(cfg) as groups:
         _quieten_libraries()
         log_dir = on_rank_zero(lambda: run_log.log_dir_of(cfg.exp_manager))
-        with _started(cfg, log_dir, groups) as start:
+        with _started(cfg, log_dir, groups, build_evaluator) as start:
             cached_reference(cfg, start)
     return 0
 
 
 @dataclass(frozen=True)
-class Start:
+class Start(Generic[E]):
     """A run before its first step.
 
     Attributes:
         base: the extracted checkpoint.
         weights: hash of its weights.
+        engine: of a run that only asks the reference, an Evaluator.
         adapted: the adapter that is trained instead of the weights, with LoRA.
     """
 
@@ -104,18 +105,22 @@ class Start:
     weights: str
     model_config: dict[str, Any]
     data: PairData
-    engine: Engine
+    engine: E
     adapted: Adapted | None
 
-    def export(self, path: Path) -> Path:
-        """Write what is trained, as it is now, as a `.nemo`. Collective."""
-        if self.adapted:
-            return export_adapter(path, self.base, self.engine, self.adapted)
-        return export_nemo(path, self.base, self.engine)
+
+def _export(start: Start[Engine], path: Path) -> Path:
+    """Write what is trained, as it is now, as a `.nemo`. Collective."""
+    if start.adapted:
+        return export_adapter(path, start.base, start.engine, start.adapted)
+    return export_nemo(path, start.base, start.engine)
+
+
+Build = Callable[[Config, Mapping[str, Any], Path, str, Groups], tuple[E, Adapted | None]]
 
 
 @contextmanager
-def _started(cfg: Config, log_dir: Path, groups: Groups) -> Iterator[Start]:
+def _started(cfg: Config, log_dir: Path, groups: Groups, build: Build[E]) -> Iterator[Start[E]]:
     """The data, and the model with the checkpoint's weights."""
     on_rank_zero(lambda: run_log.save_run_facts(cfg, log_dir))
     with _extracted(Path(str(cfg.pretrained_checkpoint.restore_from_path))) as folder:
@@ -124,7 +129,7 @@ def _started(cfg: Config, log_dir: Path, groups: Groups) -> Iterator[Start]:
         model_config["vocab_size"] = stated_vocab_size(model_config) or tokenizer.vocab_size
         data = PairData.prepare(cfg, model_config, tokenizer, log_dir, groups)
         weights = weights_hash(folder / archive.MODEL_WEIGHTS)
-        engine, adapted = build_engine(cfg, model_config, folder, weights, groups)
+        engine, adapted = build(cfg, model_config, folder, weights, groups)
         yield Start(log_dir, folder, weights, model_config, data, engine, adapted)
 
 
@@ -161,80 +166,7 @@ def layout_of(cfg: Config, world: int) -> Layout:
     )
 
 
-def build_engine(
-    cfg: Config, model_config: Mapping[str, Any], folder: Path, weights: str, groups: Groups
-) -> tuple[Engine, Adapted | None]:
-    """The model of the extracted archive `folder` under this run's layout, with its adapters and its optimizer.
-
-    Args:
-        weights: hash of the archive's weights.
-    """
-    arch, peft = Architecture.parse(model_config), cfg.model.peft
-    chunks, transformer = build_model(arch, groups, build_options(cfg, model_config))
-    adapted = None
-    if peft.lora:
-        sharded.load_weights(folder / archive.MODEL_WEIGHTS, chunks)
-        if peft.base_quantization:
-            quantize_(chunks)
-        adapted = adapt(chunks, peft, arch.dimensions, weights, cfg.model.seed)
-        parameters, exact = adapted.parameters, adapted.exact
-    else:
-        parameters, exact = _load_exact(folder / archive.MODEL_WEIGHTS, chunks)
-    engine = Engine(chunks, transformer, groups, cfg.model.optim)
-    engine.refine_masters(parameters, exact)
-    logger.info(
-        "model: %.1f M parameters on this rank, %.1f M of them trained; %s",
-        sum(p.numel() for c in chunks for p in c.parameters()) / 1e6,
-        sum(p.numel() for p in engine.trainable) / 1e6,
-        groups.layout,
-    )
-    return engine, adapted
-
-
-def _load_exact(weights: Path, chunks: list[ResponseGPT]) -> tuple[list[torch.nn.Parameter], list[torch.Tensor]]:
-    """Fill the chunks; returns their parameters and the same weights in fp32: of a model in bf16 the unrounded ones."""
-    parameters = [p for chunk in chunks for p in chunk.parameters()]
-    exact = [p.detach().to(torch.float32) for p in parameters]
-    with weights_swapped(parameters, exact):
-        sharded.load_weights(weights, chunks)
-    for parameter, tensor in zip(parameters, exact, strict=True):
-        parameter.data.copy_(tensor)
-    return parameters, exact
-
-
-def build_options(cfg: Config, model_config: Mapping[str, Any]) -> BuildOptions:
-    """What `model` says about precision, kernels, recompute and dropout; null is what the checkpoint says."""
-    model = cfg.model
-    wanted = model.transformer_engine
-    if wanted and not has_transformer_engine():
-        raise ConfigError(
-            "model.transformer_engine=true but transformer_engine cannot be imported here; use null or false"
-        )
-    granularity, method, num_layers = recompute_options(cfg, model_config)
-    return BuildOptions(
-        dtype=torch.bfloat16 if cfg.trainer.bf16 else torch.float32,
-        transformer_engine=has_transformer_engine() and not model.peft.lora if wanted is None else wanted,
-        recompute_granularity=granularity,
-        recompute_method=method,
-        recompute_num_layers=num_layers,
-        hidden_dropout=model.hidden_dropout,
-        attention_dropout=model.attention_dropout,
-        deterministic=model.deterministic,
-    )
-
-
-def recompute_options(cfg: Config, model_config: Mapping[str, Any]) -> tuple[str | None, str | None, int | None]:
-    """Granularity, method and number of layers of activation recompute; the last two belong to `full` alone."""
-    model = cfg.model
-    granularity = model.activations_checkpoint_granularity or model_config.get("activations_checkpoint_granularity")
-    method = model.activations_checkpoint_method or model_config.get("activations_checkpoint_method")
-    num_layers = model.activations_checkpoint_num_layers or model_config.get("activations_checkpoint_num_layers")
-    if granularity == "full":
-        return granularity, method, num_layers
-    return (granularity if granularity == "selective" else None), None, None
-
-
-def build_reference(cfg: Config, start: Start) -> Reference | None:
+def build_reference(cfg: Config, start: Start[Engine]) -> Reference | None:
     """The reference policy, of what the engine holds before any update; None if the run was asked to stop meanwhile."""
     kind = cfg.model.reference_kind
     if kind.startswith("cached:"):
@@ -247,7 +179,7 @@ def _adapter_of(kind: str) -> str | None:
     return {"frozen": POLICY, "adapter_off": None}.get(kind, kind.removeprefix("adapter:"))
 
 
-def cached_reference(cfg: Config, start: Start) -> CachedReference | None:
+def cached_reference(cfg: Config, start: Start[E]) -> CachedReference | None:
     """The log-probs of the model as it is now, by forward passes where they are not on disk yet. Collective."""
     engine, adapter = start.engine, _adapter_of(cfg.model.reference_kind.removeprefix("cached:"))
     folder = Path(cfg.model.dpo.reference.cache_dir or start.log_dir / "reference_cache").absolute()
@@ -279,7 +211,7 @@ def _quantization(cfg: Config) -> str:
     return f"{kind} at tensor parallel size {cfg.model.tensor_model_parallel_size}" if kind else "none"
 
 
-def _facts(cfg: Config, start: Start) -> dict[str, Any]:
+def _facts(cfg: Config, start: Start[Engine]) -> dict[str, Any]:
     """What a checkpoint records of its run, beside where it is."""
     return {
         "layout": sharded.layout_of(start.engine),
@@ -290,7 +222,7 @@ def _facts(cfg: Config, start: Start) -> dict[str, Any]:
     }
 
 
-def _step_to_resume(checkpoint: Path, start: Start, facts: Mapping[str, Any]) -> int:
+def _step_to_resume(checkpoint: Path, start: Start[Engine], facts: Mapping[str, Any]) -> int:
     """The step of `checkpoint`, if it was written by a run that this start may go on with."""
     progress = sharded.read_progress(checkpoint)
     check_fixed(progress, facts["fixed"])
@@ -299,7 +231,7 @@ def _step_to_resume(checkpoint: Path, start: Start, facts: Mapping[str, Any]) ->
 
 
 def _build_trainer(
-    cfg: Config, start: Start, reference: Reference, facts: Mapping[str, Any], first_step: int
+    cfg: Config, start: Start[Engine], reference: Reference, facts: Mapping[str, Any], first_step: int
 ) -> tuple[PreferenceModule, pl.Trainer, Cadence]:
     log_dir, engine, data = start.log_dir, start.engine, start.data
     module = PreferenceModule(
@@ -321,7 +253,7 @@ def _build_trainer(
         sampler=data.sampler,
     )
     limit = signals.TimeLimit(cfg.exp_manager.max_time_per_run)
-    export = partial(start.export, nemo_path(cfg, log_dir)) if params.always_save_nemo else None
+    export = partial(_export, start, nemo_path(cfg, log_dir)) if params.always_save_nemo else None
     cadence = Cadence(rhythm, data.batches("validation"), keeper, limit, after_save=export)
     module.progress = lambda: {**data.position(module.trainer.global_step), **facts}
     trainer = pl.Trainer(

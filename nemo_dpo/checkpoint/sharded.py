@@ -12,7 +12,9 @@ import os
 import queue
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_dpo.checkpoint import CheckpointError, SaveError
 from nemo_dpo.checkpoint.archive import sync_folder
-from nemo_dpo.checkpoint.weights import check_metadata_pickle
+from nemo_dpo.checkpoint.weights import Weights, check_metadata_pickle, read_weights
 from nemo_dpo.parallel.collective import agree, on_rank_zero
 from nemo_dpo.parallel.engine import Engine
 
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"  # what a person, and the search for the newest checkpoint, may read without torch
 UNFINISHED = ".unfinished"
+LAYERS = "decoder.layers."
 REPLACED = ".replaced"  # a checkpoint that makes room for its successor, between two renames
 
 
@@ -99,16 +102,62 @@ def load_weights(folder: Path, engine_chunks: list[Any]) -> None:
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    state = {
-        f"model{n}": _tensors_only(chunk.sharded_state_dict(prefix="model.")) for n, chunk in enumerate(engine_chunks)
-    }
+    _fill(folder, engine_chunks, lambda _name: True)
+
+
+def load_by_layer(folder: Path, engine_chunks: list[Any], device: torch.device) -> Iterator[torch.nn.Module]:
+    """As `load_weights`, yielding each transformer layer when it is filled; until then it may be on the meta device.
+
+    So a consumer that shrinks each layer never has the whole model in memory. megatron-core cannot load one layer of a
+    stacked parameter; every rank reads its own part. Collective: pipeline ranks have equally many layers.
+    """
+    _fill(folder, engine_chunks, lambda name: not name.startswith(LAYERS))
+    stored = agree(lambda: read_weights(folder))
+    for chunk in engine_chunks:
+        entries = _entries(chunk, methodcaller("startswith", LAYERS))
+        for number, layer in enumerate(chunk.decoder.layers):
+            layer.to_empty(device=device)
+            prefix = f"model.{LAYERS}{number}."
+            own = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+            agree(partial(_fill_layer, layer, own, stored))
+            yield layer
+
+
+def _fill(folder: Path, engine_chunks: list[Any], wanted: Callable[[str], bool]) -> None:
+    """Load the parameters whose names are `wanted`."""
+    state = {f"model{n}": _entries(chunk, wanted) for n, chunk in enumerate(engine_chunks)}
     loaded = _load_sharded(state, folder)
     for n, chunk in enumerate(engine_chunks):
-        own = {name.removeprefix("model."): tensor for name, tensor in loaded[f"model{n}"].items()}
+        part = loaded.get(f"model{n}", {})  # megatron-core drops a chunk of which nothing is wanted
+        own = {name.removeprefix("model."): tensor for name, tensor in part.items()}
         missing, unexpected = chunk.load_state_dict(own, strict=False)
-        absent = [name for name in missing if not name.endswith("_extra_state")]
+        absent = [name for name in missing if wanted(name) and not name.endswith("_extra_state")]
         if absent or unexpected:
             raise CheckpointError(f"{folder}: weights do not fit the model: missing {absent}, unexpected {unexpected}")
+
+
+def _fill_layer(layer: torch.nn.Module, entries: dict[str, Any], stored: Weights) -> None:
+    own = {}
+    for name, entry in entries.items():
+        if isinstance(entry, ShardedTensorFactory):  # of a gated layer: a rank's rows are in two places
+            own[name] = entry.merge_fn([_stored_part(stored, piece) for piece in entry.build()])
+        else:
+            own[name] = _stored_part(stored, entry)
+    layer.load_state_dict(own)
+
+
+def _stored_part(stored: Weights, entry: ShardedTensor) -> torch.Tensor:
+    if entry.key not in stored or tuple(stored.shape(entry.key)) != tuple(entry.global_shape):
+        found = list(stored.shape(entry.key)) if entry.key in stored else "missing"
+        raise CheckpointError(f"weights do not fit the model: {entry.key} is {found}, not {list(entry.global_shape)}")
+    stack = [1] * entry.prepend_axis_num
+    return stored.part(entry.key, entry.global_offset, [*stack, *entry.local_shape]).view(entry.local_shape)
+
+
+def _entries(chunk: Any, wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """megatron-core's description of the chunk's `wanted` weights, keys behind `model.`."""
+    entries = _tensors_only(chunk.sharded_state_dict(prefix="model."))
+    return {name: entry for name, entry in entries.items() if wanted(name.removeprefix("model."))}
 
 
 def layout_of(engine: Engine) -> dict[str, int]:

@@ -243,7 +243,7 @@ class Weights(Mapping[str, torch.Tensor]):
         self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._read(name, [0] * len(self.shape(name)), self.shape(name))
+        return self.part(name, [0] * len(self.shape(name)), self.shape(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -262,10 +262,10 @@ class Weights(Mapping[str, torch.Tensor]):
     def layer(self, name: str, index: int) -> torch.Tensor:
         """Layer `index` of a stacked parameter, without the leading dimension; reads the chunks of that layer only."""
         size = self.shape(name)
-        return self._read(name, [index, *[0] * (len(size) - 1)], [1, *size[1:]])[0]
+        return self.part(name, [index, *[0] * (len(size) - 1)], [1, *size[1:]])[0]
 
-    def _read(self, name: str, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-        """The box that begins at `start` with `size`, put together from the chunks that overlap it."""
+    def part(self, name: str, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        """The box of a parameter that begins at `start` with `size`, from the chunks that overlap it."""
         result = torch.empty(tuple(size), dtype=self.dtype(name))
         filled = 0
         for chunk in self._tensors[name].chunks:

@@ -52,6 +52,7 @@ class BuildOptions:
         hidden_dropout, attention_dropout: override the checkpoint's where not None.
         logps_chunk: response positions projected to the vocabulary at once.
         deterministic: ask megatron-core and Transformer Engine for deterministic kernels.
+        hollow: the linear layers' weights take no memory until `checkpoint.sharded.load_by_layer` fills them.
     """
 
     dtype: torch.dtype
@@ -63,6 +64,7 @@ class BuildOptions:
     attention_dropout: float | None = None
     logps_chunk: int = 1024
     deterministic: bool = False
+    hollow: bool = False
 
 
 # Layer → the dimension of its weight that the tp ranks share. (Transformer Engine's layers mark their own.)
@@ -132,8 +134,10 @@ def layer_specs(
     layer.submodules.pre_mlp_layernorm = Norm
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     attention.core_attention = CausalAttention
-    attention.linear_qkv, attention.linear_proj = LoraColumnParallelLinear, LoraRowParallelLinear
-    mlp.linear_fc1, mlp.linear_fc2 = LoraColumnParallelLinear, LoraRowParallelLinear
+    column = ModuleSpec(LoraColumnParallelLinear, params={"hollow": options.hollow})
+    row = ModuleSpec(LoraRowParallelLinear, params={"hollow": options.hollow})
+    attention.linear_qkv, attention.linear_proj = column, row
+    mlp.linear_fc1, mlp.linear_fc2 = column, row
     count = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm)
 
@@ -176,7 +180,7 @@ def _build_chunk(
     chunk.real_vocab_size = arch.vocab_size
     chunk.logps_chunk = options.logps_chunk
     _mark_partitioned(chunk)
-    return chunk.to(groups.device)
+    return chunk._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(groups.device))
 
 
 def _mark_partitioned(chunk: nn.Module) -> None:

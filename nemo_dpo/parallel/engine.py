@@ -45,74 +45,27 @@ class MicroBatchLike(Protocol):
     def tokens(self) -> Tensor: ...
 
 
-class Engine:
-    """Chunks of the model under megatron-core's DDP, with its optimizer and schedules.
+class Evaluator:
+    """Chunks of the model under megatron-core's schedules, forward only: no gradients, no optimizer.
 
     Attributes:
-        chunks: the bare model chunks of this pipeline rank, parameters loaded before construction; those that do not
-            ask for a gradient stay as they are.
-        optimizer: megatron-core's; its fp32 master copies are made at construction.
+        chunks: the bare model chunks of this pipeline rank, with their parameters.
     """
 
-    def __init__(
-        self, chunks: Sequence[MegatronModule], config: TransformerConfig, groups: Groups, optim: OptimConfig
-    ) -> None:
+    def __init__(self, chunks: Sequence[MegatronModule], groups: Groups) -> None:
         self.chunks = list(chunks)
         self.groups = groups
         self._weight = torch.zeros((), dtype=torch.float64, device=groups.device)  # of the batch in progress
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=is_distributed(optim)
-        )
-        self._ddp = [
-            DistributedDataParallel(
-                config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=groups.collection
-            )
-            for number, chunk in enumerate(self.chunks)
-        ]
-        config.finalize_model_grads_func = self._divide_by_weight
-        self.optimizer = get_megatron_optimizer(optimizer_config(optim, config), self._ddp)
-        for part in self.optimizer.chained_optimizers:
-            mcore_repairs.repair_optimizer(part)
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] *= group["wd_mult"]  # 0 for norms and biases; left to a scheduler of megatron-core's
 
     @property
     def trainable(self) -> list[nn.Parameter]:
         """The parameters of this rank that updates change."""
         return [p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad]
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatchLike], step: ForwardStep) -> list[Any]:
-        """Leave the gradient of sum / weight of the global batch; return what `step` collected (last stage)."""
-        for ddp in self._ddp:
-            ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        return self._run(self._ddp, micro_batches, step, forward_only=False)
-
     def forward_only(self, micro_batches: Sequence[MicroBatchLike], step: ForwardStep) -> list[Any]:
-        """The same pass in eval mode, without gradients."""
+        """Return what `step` collected (last stage) in a pass in eval mode, without gradients."""
         with torch.no_grad(), evaluation(self.chunks):
             return self._run(self.chunks, micro_batches, step, forward_only=True)
-
-    def update(self, clip_grad: float) -> float:
-        """One optimizer step on the gradients left by `forward_backward`.
-
-        Args:
-            clip_grad: limit on the gradient's global L2 norm; 0 clips nothing.
-
-        Returns:
-            The norm before clipping.
-
-        Raises:
-            FloatingPointError: the norm is NaN or infinite. No parameter has changed.
-        """
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm}; no parameter was changed")
-        if clip_grad > 0:
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip_grad, norm)
-        self.optimizer.step_with_ready_grads()
-        return norm
 
     def _run(
         self,
@@ -149,6 +102,63 @@ class Engine:
             return output, note
 
         return weighed
+
+
+class Engine(Evaluator):
+    """Chunks of the model under megatron-core's DDP, with its optimizer and schedules.
+
+    Attributes:
+        chunks: parameters loaded before construction; those that do not ask for a gradient stay as they are.
+        optimizer: megatron-core's; its fp32 master copies are made at construction.
+    """
+
+    def __init__(
+        self, chunks: Sequence[MegatronModule], config: TransformerConfig, groups: Groups, optim: OptimConfig
+    ) -> None:
+        super().__init__(chunks, groups)
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=is_distributed(optim)
+        )
+        self._ddp = [
+            DistributedDataParallel(
+                config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=groups.collection
+            )
+            for number, chunk in enumerate(self.chunks)
+        ]
+        config.finalize_model_grads_func = self._divide_by_weight
+        self.optimizer = get_megatron_optimizer(optimizer_config(optim, config), self._ddp)
+        for part in self.optimizer.chained_optimizers:
+            mcore_repairs.repair_optimizer(part)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] *= group["wd_mult"]  # 0 for norms and biases; left to a scheduler of megatron-core's
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatchLike], step: ForwardStep) -> list[Any]:
+        """Leave the gradient of sum / weight of the global batch; return what `step` collected (last stage)."""
+        for ddp in self._ddp:
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(self._ddp, micro_batches, step, forward_only=False)
+
+    def update(self, clip_grad: float) -> float:
+        """One optimizer step on the gradients left by `forward_backward`.
+
+        Args:
+            clip_grad: limit on the gradient's global L2 norm; 0 clips nothing.
+
+        Returns:
+            The norm before clipping.
+
+        Raises:
+            FloatingPointError: the norm is NaN or infinite. No parameter has changed.
+        """
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {norm}; no parameter was changed")
+        if clip_grad > 0:
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip_grad, norm)
+        self.optimizer.step_with_ready_grads()
+        return norm
 
     def _divide_by_weight(self, chunks: list[Any], _tokens: Tensor, **groups: Any) -> None:
         finalize_model_grads(chunks, self._weight, **groups)

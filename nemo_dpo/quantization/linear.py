@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 class Nf4Linear(nn.Module):
     """Mixed in before ColumnParallelLinear or RowParallelLinear; nothing changes until `quantize_` is called.
 
+    Args:
+        hollow: leave the weight on the meta device, where it takes no memory, until it is loaded.
+
     Attributes:
         nf4: this rank's share of the weight once it is packed. `weight` is empty from then on.
     """
@@ -35,11 +38,13 @@ class Nf4Linear(nn.Module):
     nf4: Nf4Weight | None
     weight: nn.Parameter
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, hollow: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.nf4 = None
+        if hollow:
+            self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
 
-    def quantize_(self) -> None:
+    def quantize_(self) -> Nf4Weight:
         """Pack the loaded weight and free it. It is frozen afterwards; the bias stays as it is.
 
         Raises:
@@ -50,6 +55,7 @@ class Nf4Linear(nn.Module):
         self.nf4 = Nf4Weight(self.weight)
         # megatron-core asks that there is a weight and whether it wants a gradient, nothing else.
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+        return self.nf4
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """megatron-core's matrix product with its communication, both passes; `weight` is `self.weight`."""
@@ -75,8 +81,11 @@ class Nf4Linear(nn.Module):
         super()._save_to_state_dict(*args, **kwargs)
 
 
-def quantize_(chunks: Iterable[nn.Module]) -> tuple[int, int]:
-    """Pack every `Nf4Linear` in `chunks`, one after the other; call it before an optimizer is built.
+def quantize_(modules: Iterable[nn.Module]) -> tuple[int, int]:
+    """Pack every `Nf4Linear` in `modules`, one after the other; call it before an optimizer is built.
+
+    Args:
+        modules: with their weights; taken one by one, so that a generator may load each when it is asked for.
 
     Returns:
         Parameters packed, and the bytes that they take.
@@ -84,15 +93,16 @@ def quantize_(chunks: Iterable[nn.Module]) -> tuple[int, int]:
     Raises:
         ConfigError: there is none.
     """
-    linears = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Nf4Linear)]
-    if not linears:
+    packed: list[Nf4Weight] = []
+    for module in modules:
+        for linear in module.modules():
+            if isinstance(linear, Nf4Linear):
+                packed.append(linear.quantize_())
+    if not packed:
         raise ConfigError(
             "no layer of this model can be quantized: set model.transformer_engine=false, "
             "Transformer Engine's layers keep their weights"
         )
-    parameters = sum(linear.weight.numel() for linear in linears)
-    for linear in linears:
-        linear.quantize_()
-    size = sum(linear.nf4.nbytes for linear in linears if linear.nf4 is not None)
-    logger.info("NF4: %d layers, %.1f M parameters, %.3f bytes each", len(linears), parameters / 1e6, size / parameters)
+    parameters, size = sum(weight.shape.numel() for weight in packed), sum(weight.nbytes for weight in packed)
+    logger.info("NF4: %d layers, %.1f M parameters, %.3f bytes each", len(packed), parameters / 1e6, size / parameters)
     return parameters, size

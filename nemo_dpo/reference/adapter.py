@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nemo_dpo.data.batch import GlobalBatch
 from nemo_dpo.lora.adapters import active
-from nemo_dpo.parallel.engine import Engine
+from nemo_dpo.parallel.engine import Evaluator
 from nemo_dpo.parallel.response import collect_logps
 
 
@@ -19,7 +19,7 @@ class AdapterReference:
         name: of a frozen adapter; None is no adapter.
     """
 
-    def __init__(self, engine: Engine, name: str | None) -> None:
+    def __init__(self, engine: Evaluator, name: str | None) -> None:
         self._engine = engine
         self._name = name
 

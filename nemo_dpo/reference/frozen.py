@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from nemo_dpo.data.batch import GlobalBatch
-from nemo_dpo.parallel.engine import Engine, weights_swapped
+from nemo_dpo.parallel.engine import Evaluator, weights_swapped
 from nemo_dpo.parallel.response import collect_logps
 
 
@@ -29,7 +29,7 @@ class FrozenReference:
     of a model on a GPU waits in pinned host memory and is on the device during its pass only, when no activations are.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Evaluator) -> None:
         self._engine = engine
         on_host = engine.groups.device.type == "cpu"
         self._weights = [p.detach().clone() if on_host else p.detach().cpu().pin_memory() for p in engine.trainable]

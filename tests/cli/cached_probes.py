@@ -26,7 +26,7 @@ def read_passes(folder: Path) -> list[list[Any]]:
 
 def watch_passes() -> None:
     """Leave passes/<rank>.jsonl: split and pair indices of this rank in each forward pass that collects log-probs."""
-    from nemo_dpo.parallel.engine import Engine
+    from nemo_dpo.parallel.engine import Evaluator
     from nemo_dpo.parallel.response import collect_logps
     from nemo_dpo.reference import cached
 
@@ -36,7 +36,7 @@ def watch_passes() -> None:
         splits.append(folder.name)
         return fill(folder, *args)
 
-    def passed(run: Any, engine: Engine, micro_batches: Any, step: Any) -> Any:
+    def passed(run: Any, engine: Evaluator, micro_batches: Any, step: Any) -> Any:
         if step is collect_logps:
             pairs = [pair for batch in micro_batches for pair in batch.pair_index.tolist()]
             folder = log_dir() / "passes"
@@ -46,7 +46,7 @@ def watch_passes() -> None:
         return run(engine, micro_batches, step)
 
     wrap(cached, "_fill_split", filled)
-    wrap(Engine, "forward_only", passed)
+    wrap(Evaluator, "forward_only", passed)
 
 
 def kill_half_way() -> None:

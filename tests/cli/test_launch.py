@@ -379,6 +379,6 @@ FULL = {
     ],
 )
 def test_recompute_is_the_checkpoints_unless_given(own: dict[str, Any], held: dict[str, Any], expected: Any) -> None:
-    from nemo_dpo.app import recompute_options
+    from nemo_dpo.training.policy import recompute_options
 
     assert recompute_options(Config(model=ModelConfig(**own)), held) == expected

@@ -66,11 +66,12 @@ def update_on_nan(_rank: int, nemo: Path) -> tuple[str, bool]:
 
 def decayed(_rank: int, nemo: Path, optimizer: str) -> dict[str, float]:
     """What an update without a gradient leaves of each parameter's norm, at lr 0.5 and a weight decay of 0.25."""
-    from nemo_dpo.app import build_engine, layout_of
+    from nemo_dpo.app import layout_of
     from nemo_dpo.checkpoint import archive
     from nemo_dpo.config.schema import Config, ModelConfig, OptimConfig, TrainerConfig
     from nemo_dpo.parallel import cpu_host
     from nemo_dpo.parallel.groups import initialize
+    from nemo_dpo.training.policy import build_engine
 
     cpu_host.install()
     optim = OptimConfig(name=optimizer, lr=0.5, weight_decay=0.25)
@@ -87,11 +88,12 @@ def decayed(_rank: int, nemo: Path, optimizer: str) -> dict[str, float]:
 
 def masters_at_start(_rank: int, nemo: Path, world: int, optimizer: str) -> dict[str, Tensor]:
     """A bf16 run's parameters and the masters that this rank's optimizer holds, each in one sorted row."""
-    from nemo_dpo.app import build_engine, layout_of
+    from nemo_dpo.app import layout_of
     from nemo_dpo.checkpoint import archive
     from nemo_dpo.config.schema import Config, ModelConfig, OptimConfig, TrainerConfig
     from nemo_dpo.parallel import cpu_host
     from nemo_dpo.parallel.groups import initialize
+    from nemo_dpo.training.policy import build_engine
 
     cpu_host.install()
     cfg = Config(
