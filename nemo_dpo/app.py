@@ -42,7 +42,14 @@ from nemo_dpo.training.data import PairData
 from nemo_dpo.training.finish import export_nemo, finish, nemo_path
 from nemo_dpo.training.module import PreferenceModule
 from nemo_dpo.training.policy import build_engine, build_evaluator
-from nemo_dpo.training.resume import announce_steering, check_fixed, checkpoint_to_resume, fixed_facts, steering
+from nemo_dpo.training.resume import (
+    announce_steering,
+    check_fixed,
+    checkpoint_to_resume,
+    fixed_facts,
+    quantization,
+    steering,
+)
 from nemo_dpo.training.strategy import MegatronStrategy
 
 logger = logging.getLogger(__name__)
@@ -98,6 +105,7 @@ class Start(Generic[E]):
         weights: hash of its weights.
         engine: of a run that only asks the reference, an Evaluator.
         adapted: the adapter that is trained instead of the weights, with LoRA.
+        limit: on the time of the run, from its start.
     """
 
     log_dir: Path
@@ -107,6 +115,7 @@ class Start(Generic[E]):
     data: PairData
     engine: E
     adapted: Adapted | None
+    limit: signals.TimeLimit
 
 
 def _export(start: Start[Engine], path: Path) -> Path:
@@ -122,6 +131,7 @@ Build = Callable[[Config, Mapping[str, Any], Path, str, Groups], tuple[E, Adapte
 @contextmanager
 def _started(cfg: Config, log_dir: Path, groups: Groups, build: Build[E]) -> Iterator[Start[E]]:
     """The data, and the model with the checkpoint's weights."""
+    limit = signals.TimeLimit(cfg.exp_manager.max_time_per_run)
     on_rank_zero(lambda: run_log.save_run_facts(cfg, log_dir))
     with _extracted(Path(str(cfg.pretrained_checkpoint.restore_from_path))) as folder:
         model_config = archive.read_model_config(folder)
@@ -130,7 +140,7 @@ def _started(cfg: Config, log_dir: Path, groups: Groups, build: Build[E]) -> Ite
         data = PairData.prepare(cfg, model_config, tokenizer, log_dir, groups)
         weights = weights_hash(folder / archive.MODEL_WEIGHTS)
         engine, adapted = build(cfg, model_config, folder, weights, groups)
-        yield Start(log_dir, folder, weights, model_config, data, engine, adapted)
+        yield Start(log_dir, folder, weights, model_config, data, engine, adapted, limit)
 
 
 @contextmanager
@@ -186,7 +196,7 @@ def cached_reference(cfg: Config, start: Start[E]) -> CachedReference | None:
     shape = asdict(Architecture.parse(start.model_config))
     key = {
         "weights": start.weights,
-        "base_quantization": _quantization(cfg),
+        "base_quantization": quantization(cfg),
         "adapter": str(start.adapted and start.adapted.hashes.get(adapter or "")),
         "precision": "bf16" if cfg.trainer.bf16 else "fp32",
         "architecture": {name: value for name, value in shape.items() if not name.endswith("dropout")},  # off here
@@ -198,17 +208,11 @@ def cached_reference(cfg: Config, start: Start[E]) -> CachedReference | None:
         AdapterReference(engine, adapter).logps,
         engine.groups,
         pairs_per_pass=cfg.model.global_batch_size,
-        stop=signals.noted,
+        stop=lambda: bool(signals.noted()) or start.limit.over(),
     )
     if reference is None:
         logger.warning("stopped while reference log-probs were computed; start again to go on with the rest")
     return reference
-
-
-def _quantization(cfg: Config) -> str:
-    """The base's, by what its values depend on: ranks pack their shares of a weight by themselves."""
-    kind = cfg.model.peft.base_quantization
-    return f"{kind} at tensor parallel size {cfg.model.tensor_model_parallel_size}" if kind else "none"
 
 
 def _facts(cfg: Config, start: Start[Engine]) -> dict[str, Any]:
@@ -252,9 +256,8 @@ def _build_trainer(
         log_interval=cfg.trainer.log_every_n_steps,
         sampler=data.sampler,
     )
-    limit = signals.TimeLimit(cfg.exp_manager.max_time_per_run)
     export = partial(_export, start, nemo_path(cfg, log_dir)) if params.always_save_nemo else None
-    cadence = Cadence(rhythm, data.batches("validation"), keeper, limit, after_save=export)
+    cadence = Cadence(rhythm, data.batches("validation"), keeper, start.limit, after_save=export)
     module.progress = lambda: {**data.position(module.trainer.global_step), **facts}
     trainer = pl.Trainer(
         accelerator="cpu" if engine.groups.device.type == "cpu" else "gpu",

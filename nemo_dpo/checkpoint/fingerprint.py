@@ -17,6 +17,8 @@ from nemo_dpo.parallel.collective import agree, gather
 
 # `layers.` without a number: the layers are stacked, [layers, …].
 STACKED = re.compile(r"\blayers\.(?!\d)")
+# Below the vocabulary these have rows of zeros, as many as the tensor-parallel size of their last writer asked for.
+PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 class Piece(NamedTuple):
@@ -29,7 +31,8 @@ class Piece(NamedTuple):
 def weights_hash(folder: Path) -> str:
     """SHA-256 of the names, shapes, dtypes and values of all tensors in a `model_weights/` folder, in hexadecimal.
 
-    The same for the same tensors, by whichever layout they were written. Where there are ranks it is collective: each
+    The same for the same tensors, by whichever layout they were written: the zeros that pad a vocabulary are left out.
+    Where there are ranks it is collective: each
     hashes its share of the tensors. In memory is one layer's part of one tensor at a time.
 
     Raises:
@@ -76,9 +79,16 @@ def _digests(weights: Weights, pieces: Sequence[Piece]) -> dict[Piece, str]:
 
 
 def _digest(piece: Piece, tensor: torch.Tensor) -> str:
+    if piece.name.endswith(PADDED):
+        tensor = tensor[: _rows_in_use(tensor)]
     header = json.dumps([*piece, str(tensor.dtype), list(tensor.shape)])
     values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(header.encode() + hashlib.sha256(values.data).digest()).hexdigest()
+
+
+def _rows_in_use(tensor: torch.Tensor) -> int:
+    used = tensor.any(dim=1).nonzero()
+    return int(used[-1]) + 1 if len(used) else 0
 
 
 def _combined(digests: dict[Piece, str]) -> str:

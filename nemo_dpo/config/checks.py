@@ -17,6 +17,7 @@ from nemo_dpo.config.checkpoint_names import name_problems
 from nemo_dpo.config.data_sources import data_sources
 from nemo_dpo.config.errors import ConfigError
 from nemo_dpo.config.limits import beyond_limits
+from nemo_dpo.config.peft import stage_without_adapter
 from nemo_dpo.config.schema import Config
 
 _TP = "model.tensor_model_parallel_size"
@@ -259,6 +260,9 @@ def _layer_selection(cfg: Config, model_config: Mapping[str, Any]) -> Iterator[s
     selected, layers = cfg.model.peft.lora_tuning.layer_selection or [], int(model_config["num_layers"])
     if selected and max(selected) > layers:
         yield f"model.peft.lora_tuning.layer_selection names layer {max(selected)}; the model has layers 1 to {layers}"
+    chunks = cfg.model.pipeline_model_parallel_size * (cfg.model.virtual_pipeline_model_parallel_size or 1)
+    if selected and layers % chunks == 0 and (problem := stage_without_adapter(selected, layers, chunks)):
+        yield f"model.peft.lora_tuning.layer_selection={selected}: {problem}"
 
 
 def _divisors(number: int) -> str:

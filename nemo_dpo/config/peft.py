@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 
@@ -59,3 +60,18 @@ class PeftConfig:
     @property
     def lora(self) -> bool:
         return self.peft_scheme == "lora"
+
+
+def stage_without_adapter(selected: Collection[int], layers: int, chunks: int) -> str:
+    """What is wrong with adapters on the layers `selected` (from 1) of so many, in `chunks` equal runs; "" if nothing.
+
+    A rank, or a chunk of interleaved stages, that has nothing to train cannot be saved or resumed by megatron-core.
+    """
+    size = layers // chunks
+    for first in range(1, layers + 1, size):
+        if not any(first <= layer < first + size for layer in selected):
+            return (
+                f"layers {first} to {first + size - 1} have no adapter and are a pipeline stage of their own; adapt "
+                "one of them too, or lower model.pipeline_model_parallel_size (× virtual_pipeline_model_parallel_size)"
+            )
+    return ""

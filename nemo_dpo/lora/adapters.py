@@ -98,7 +98,7 @@ def _fill(adapter: Adapter, place: Place, tensor_of: TensorOf) -> list[tuple[nn.
         share = whole if axis is None else whole.chunk(group.size(), axis)[group.rank()]
         share = share.to(parameter.device)
         parameter.data.copy_(share)
-        filled.append((parameter, share.contiguous()))
+        filled.append((parameter, share))
     return filled
 
 

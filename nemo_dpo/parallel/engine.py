@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -174,19 +174,19 @@ class Engine(Evaluator):
                 mcore_repairs.fill_state(part)
         return self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=CHECKPOINT_LAYOUT)
 
-    def refine_masters(self, parameters: Sequence[nn.Parameter], exact: Sequence[Tensor]) -> None:
-        """Start the fp32 master copies of `parameters` from `exact`, of which the parameters are rounded copies.
+    def refine_masters(self, exact: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        """Start the fp32 master copies of parameters from the tensors of which the parameters are rounded copies.
 
         Masters made from bf16 parameters all start half a rounding step away from any change, so that the first
         updates of a small learning rate are lost; the parameters themselves stay as they are.
         """
-        for parameter, tensor in zip(parameters, exact, strict=True):
+        for parameter, tensor in exact:
             # In fp32 a parameter is its own master; of a sharded one this rank may hold nothing.
             if parameter.dtype is torch.float32:
                 continue
             master: Tensor | None = parameter.main_param  # type: ignore[attr-defined]
             if master is not None:
-                master.data.copy_(tensor.view(-1)[self._owned(parameter)].view_as(master))
+                master.data.copy_(tensor.reshape(-1)[self._owned(parameter)].view_as(master))
 
     def _owned(self, parameter: nn.Parameter) -> slice:
         """The part of a flattened parameter whose master is on this rank."""

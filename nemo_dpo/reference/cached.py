@@ -89,7 +89,7 @@ def fill(
 
     Args:
         key: name → value of all that decides the log-probs, but the pairs; values as json has them, or such mappings of
-            them. The layout of the ranks is none of it.
+            them. The layout of the ranks is none of it, unless the weights depend on it.
         pairs_per_pass: pairs, over all ranks, between two writes: at most these are lost by a kill.
         stop: asked on rank 0 after each pass.
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_dpo.checkpoint import CheckpointError, archive, sharded
 from nemo_dpo.checkpoint.fingerprint import tensors_hash
 from nemo_dpo.checkpoint.weights import read_weights
-from nemo_dpo.config.peft import LoraTuningConfig, PeftConfig
+from nemo_dpo.config.peft import LoraTuningConfig, PeftConfig, stage_without_adapter
 from nemo_dpo.convert.adapter_nemo import check_base, read_adapter, write_adapter
 from nemo_dpo.lora.adapters import TensorOf, activate, attach, initial
 from nemo_dpo.lora.file import AdapterFile
@@ -36,14 +37,11 @@ class Adapted:
         spec: shape of the trained adapter.
         base: hash of the weights below it.
         hashes: name → hash of each attached adapter, as it was at the start of the run.
-        parameters, exact: this rank's parameters of it and their values in fp32.
     """
 
     spec: LoraSpec
     base: str
     hashes: Mapping[str, str]
-    parameters: Sequence[nn.Parameter]
-    exact: Sequence[Tensor]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -55,12 +53,17 @@ class Adapted:
         }
 
 
-def adapt(chunks: Sequence[ResponseGPT], peft: PeftConfig, dimensions: Dimensions, base: str, seed: int) -> Adapted:
+def adapt(
+    chunks: Sequence[ResponseGPT], peft: PeftConfig, dimensions: Dimensions, base: str, seed: int
+) -> tuple[Adapted, list[tuple[nn.Parameter, Tensor]]]:
     """Freeze the weights of `chunks` and attach the run's adapters. Collective.
 
     Args:
         base: hash of the weights.
         seed: of a new adapter's start.
+
+    Returns:
+        The adapter, and this rank's parameters of it with their values in fp32.
 
     Raises:
         CheckpointError: an adapter file is damaged, or of another base, rank or choice of layers.
@@ -73,6 +76,7 @@ def adapt(chunks: Sequence[ResponseGPT], peft: PeftConfig, dimensions: Dimension
     for chunk in chunks:
         chunk.freeze_base()
     spec, tensor_of = agree(partial(_start, peft, dimensions, base, seed))
+    agree(partial(_check_stages, spec, dimensions, chunks[0].config))
     hashes[POLICY] = tensors_hash({name: tensor_of(name) for name in spec.shapes(dimensions)})
     filled = attach(
         chunks,
@@ -87,8 +91,7 @@ def adapt(chunks: Sequence[ResponseGPT], peft: PeftConfig, dimensions: Dimension
     logger.info(
         "LoRA: rank %d, alpha %g, %s, %d adapted tensors here", spec.rank, spec.alpha, spec.linears, len(filled)
     )
-    parameters, exact = zip(*filled, strict=True) if filled else ((), ())
-    return Adapted(spec, base, hashes, parameters, [tensor.float() for tensor in exact])
+    return Adapted(spec, base, hashes), [(parameter, tensor.float()) for parameter, tensor in filled]
 
 
 def _start(peft: PeftConfig, dimensions: Dimensions, base: str, seed: int) -> tuple[LoraSpec, TensorOf]:
@@ -107,6 +110,14 @@ def _start(peft: PeftConfig, dimensions: Dimensions, base: str, seed: int) -> tu
                 f"{path}: this adapter has {key} {held}, model.peft.lora_tuning asks for {value}; leave it out"
             )
     return file.spec, file.tensors.__getitem__
+
+
+def _check_stages(spec: LoraSpec, dimensions: Dimensions, config: TransformerConfig) -> None:
+    """What the configuration cannot know of an adapter that is read from a file."""
+    chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+    layers = [number + 1 for number in spec.layers or range(dimensions.layers)]
+    if problem := stage_without_adapter(layers, dimensions.layers, chunks):
+        raise CheckpointError(f"model.peft.restore_from_path: {problem}")
 
 
 def _read(path: Path, dimensions: Dimensions, base: str) -> AdapterFile:

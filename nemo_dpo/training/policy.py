@@ -21,6 +21,8 @@ from nemo_dpo.training.adapters import Adapted, adapt
 
 logger = logging.getLogger(__name__)
 
+Exact = list[tuple[torch.nn.Parameter, torch.Tensor]]  # what is trained on this rank, and its values in fp32
+
 
 def build_engine(
     cfg: Config, model_config: Mapping[str, Any], folder: Path, weights: str, groups: Groups
@@ -34,15 +36,15 @@ def build_engine(
     chunks, transformer = build_model(arch, groups, build_options(cfg, model_config))
     adapted = None
     if cfg.model.peft.lora:
-        adapted = _load_adapted(cfg, arch, folder, weights, chunks, groups)
-        parameters, exact = adapted.parameters, adapted.exact
+        adapted, exact = _load_adapted(cfg, arch, folder, weights, chunks, groups)
     else:
-        parameters, exact = _load_exact(folder / archive.MODEL_WEIGHTS, chunks)
+        exact = _load_exact(folder / archive.MODEL_WEIGHTS, chunks)
     engine = Engine(chunks, transformer, groups, cfg.model.optim)
-    engine.refine_masters(parameters, exact)
+    engine.refine_masters(exact)
     logger.info(
-        "model: %.1f M parameters on this rank, %.1f M of them trained; %s",
+        "model: %.1f M parameters on this rank%s, %.1f M of them trained; %s",
         sum(p.numel() for c in chunks for p in c.parameters()) / 1e6,
+        " beside those in 4 bits" if cfg.model.peft.base_quantization else "",
         sum(p.numel() for p in engine.trainable) / 1e6,
         groups.layout,
     )
@@ -56,14 +58,15 @@ def build_evaluator(
     arch = Architecture.parse(model_config)
     chunks, _ = build_model(arch, groups, build_options(cfg, model_config))
     if cfg.model.peft.lora:
-        return Evaluator(chunks, groups), _load_adapted(cfg, arch, folder, weights, chunks, groups)
+        adapted, _ = _load_adapted(cfg, arch, folder, weights, chunks, groups)
+        return Evaluator(chunks, groups), adapted
     sharded.load_weights(folder / archive.MODEL_WEIGHTS, chunks)
     return Evaluator(chunks, groups), None
 
 
 def _load_adapted(
     cfg: Config, arch: Architecture, folder: Path, weights: str, chunks: list[ResponseGPT], groups: Groups
-) -> Adapted:
+) -> tuple[Adapted, Exact]:
     """Fill the chunks, in 4 bits if the run says so, and attach its adapters."""
     if cfg.model.peft.base_quantization:
         quantize_(sharded.load_by_layer(folder / archive.MODEL_WEIGHTS, chunks, groups.device))
@@ -72,15 +75,15 @@ def _load_adapted(
     return adapt(chunks, cfg.model.peft, arch.dimensions, weights, cfg.model.seed)
 
 
-def _load_exact(weights: Path, chunks: list[ResponseGPT]) -> tuple[list[torch.nn.Parameter], list[torch.Tensor]]:
-    """Fill the chunks; returns their parameters and the same weights in fp32: of a model in bf16 the unrounded ones."""
+def _load_exact(weights: Path, chunks: list[ResponseGPT]) -> Exact:
+    """Fill the chunks; returns their parameters with their weights in fp32: of a model in bf16 the unrounded ones."""
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     exact = [p.detach().to(torch.float32) for p in parameters]
     with weights_swapped(parameters, exact):
         sharded.load_weights(weights, chunks)
     for parameter, tensor in zip(parameters, exact, strict=True):
         parameter.data.copy_(tensor)
-    return parameters, exact
+    return list(zip(parameters, exact, strict=True))
 
 
 def build_options(cfg: Config, model_config: Mapping[str, Any]) -> BuildOptions:

@@ -65,12 +65,18 @@ def fixed_facts(cfg: Config, weights: str, more: Mapping[str, Any]) -> dict[str,
         **more,
         "starting_weights": weights,
         "model.peft.peft_scheme": cfg.model.peft.peft_scheme,
-        "model.peft.base_quantization": cfg.model.peft.base_quantization,
+        "the base's quantization": quantization(cfg),
         # Cached log-probs are the same, made at another time.
         "reference": cfg.model.reference_kind.removeprefix("cached:"),
         "model.optim.name": cfg.model.optim.name,
         **{f"model.dpo.{key}": value for key, value in objective.items()},
     }
+
+
+def quantization(cfg: Config) -> str:
+    """The base's, by what its values depend on: ranks pack their shares of a weight by themselves."""
+    kind = cfg.model.peft.base_quantization
+    return f"{kind} at tensor parallel size {cfg.model.tensor_model_parallel_size}" if kind else "none"
 
 
 def steering(cfg: Config, max_steps: int) -> dict[str, Any]:

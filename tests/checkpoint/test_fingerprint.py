@@ -48,6 +48,22 @@ def test_the_same_tensors_in_other_pieces_and_order(tmp_path: Path) -> None:
     assert len(cut) == 64
 
 
+@pytest.mark.parametrize("name", ["model.embedding.word_embeddings.weight", "model.output_layer.weight"])
+def test_padding_of_the_vocabulary_is_left_out(tmp_path: Path, name: str) -> None:
+    """As an export pads it that was made at another tensor-parallel size."""
+    rows = torch.randn(5, 3)
+    rows[2] = 0  # a token may be zero
+
+    def hash_of(*more: torch.Tensor, name: str = name) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return weights_hash(write(folder, {name: torch.cat([rows, *more])}))
+
+    assert hash_of() == hash_of(torch.zeros(3, 3)) == hash_of(torch.zeros(1, 3))
+    assert len({hash_of(), hash_of(torch.ones(1, 3)), hash_of(torch.zeros(1, 3), torch.ones(1, 3))}) == 3
+    other = "model.decoder.final_layernorm.weight"
+    assert hash_of(name=other) != hash_of(torch.zeros(3, 3), name=other)
+
+
 def hash_of_rank(_rank: int, folder: Path) -> str:
     return weights_hash(folder)
 

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def stop_half_way() -> None:
 
     def gather(collect: Any, *args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
+        return collect(*args)
+
+    wrap(cached, "_gather", gather)
+
+
+def slow_passes() -> None:
+    """Computing reference log-probs takes a second a global batch."""
+    from nemo_dpo.reference import cached
+
+    def gather(collect: Any, *args: Any) -> Any:
+        time.sleep(1)
         return collect(*args)
 
     wrap(cached, "_gather", gather)

@@ -208,6 +208,13 @@ def test_asked_to_stop_it_stops_after_the_pass(setting: Setting, tmp_path: Path)
     assert read_passes(tmp_path / "run") == whole_passes()[1:]
 
 
+def test_the_time_limit_counts_from_the_start(setting: Setting, tmp_path: Path) -> None:
+    limit = "exp_manager.max_time_per_run=00:00:00:01"
+    stopped = train(setting, tmp_path / "run", CACHED, limit, patches=("slow_passes", "watch_passes"))
+    assert "start again to go on" in stopped.output and len(read_passes(tmp_path / "run")) < len(whole_passes())
+    assert not (stopped.log_dir / "metrics.jsonl").exists()
+
+
 def other_data(setting: Setting, folder: Path) -> list[str]:
     others = write_pairs(folder / "others.jsonl", TRAIN_PAIRS, seed=9)
     return [f"model.data.data_prefix={{train: [{others}], validation: [{setting.inputs.validation}]}}"]

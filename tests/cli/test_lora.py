@@ -273,7 +273,7 @@ def test_an_adapter_goes_on_in_another_layout(inputs: Inputs, stopped: Run, tmp_
         ("model.peft.lora_tuning.adapter_dim=4", "cannot resume: the adapter's rank was 8"),
         ("model.peft.lora_tuning.target_modules=[mlp]", "cannot resume: the adapter's linears was"),
         ("model.peft.lora_tuning.variant=canonical", "cannot resume: the adapter's variant was nemo"),
-        ("model.peft.base_quantization=nf4", "cannot resume: model.peft.base_quantization was None"),
+        ("model.peft.base_quantization=nf4", "cannot resume: the base's quantization was none"),
     ],
 )
 def test_another_adapter_does_not_resume(
@@ -302,6 +302,16 @@ def test_an_adapter_of_another_base_is_refused(inputs: Inputs, sft: Path, stoppe
     assert run.status == 2 and "was trained on base weights" in run.output
     run = resume(inputs, stopped, tmp_path / "resumed", *DROPOUT, base, check=False)
     assert run.status == 2 and "cannot resume" in run.output
+
+
+def test_an_adapter_that_leaves_a_stage_bare_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    """megatron-core cannot save or resume a stage that trains nothing."""
+    training = TRAININGS["canonical, SGD"]
+    words = [*training, "model.peft.lora_tuning.layer_selection=[1]", "trainer.dpo.max_steps=1"]
+    restored = [*LORA[:1], *training[-4:], f"model.peft.restore_from_path={tmp_path / 'one.nemo'}"]
+    adapter_path(lora_run(inputs, tmp_path / "first", *words)).rename(tmp_path / "one.nemo")
+    run = lora_run(inputs, tmp_path / "second", *restored, PP, ranks=2, check=False)
+    assert run.status == 2 and run.output.count("layers 3 to 4 have no adapter") == 1 and "Traceback" not in run.output
 
 
 @pytest.mark.parametrize(

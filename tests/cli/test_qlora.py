@@ -79,5 +79,8 @@ def test_resume(inputs: Inputs, tmp_path: Path) -> None:
     constant = [*ARGUMENTS, NF4, *SAVED, "model.optim.sched.name=constant"]
     whole = lora_run(inputs, tmp_path / "whole", *constant)
     lora_run(inputs, tmp_path / "run", *constant, "trainer.dpo.max_steps=4")
+    other = lora_run(inputs, tmp_path / "run", *constant, TP, ranks=2, check=False)
+    assert other.status == 2
+    assert "quantization was nf4 at tensor parallel size 1 when" in other.output  # ranks pack their shares apart
     resumed = lora_run(inputs, tmp_path / "run", *constant)
     assert resumed.series("train", "loss") == whole.series("train", "loss")

@@ -324,6 +324,19 @@ def test_layout_counts_data_parallel_ranks_after_model_parallel(load: Load) -> N
             ["layer_selection names layer 31", "the model has layers 1 to 30"],
         ),
         (
+            [LORA, "model.peft.lora_tuning.layer_selection=[1, 15]", "model.pipeline_model_parallel_size=2"],
+            ["layer_selection=[1, 15]: layers 16 to 30 have no adapter"],
+        ),
+        (
+            [
+                LORA,
+                "model.peft.lora_tuning.layer_selection=[2, 6, 7, 8]",
+                "model.pipeline_model_parallel_size=2",
+                "model.virtual_pipeline_model_parallel_size=3",
+            ],
+            ["layers 11 to 15 have no adapter", "virtual_pipeline_model_parallel_size"],
+        ),
+        (
             [LORA, "model.tensor_model_parallel_size=9"],
             ["tensor_model_parallel_size=9 must divide the model's num_query_groups=3 with LoRA"],
         ),
@@ -342,7 +355,8 @@ def test_what_fits_the_checkpoint(load: Load) -> None:
     assert "ffn_hidden_size=1536" in error(lambda: check_model(load("model.tensor_model_parallel_size=9"), MODEL))
     check_model(load("model.tensor_model_parallel_size=9"), {**MODEL, "ffn_hidden_size": 1539})
     check_model(load(LORA, "model.tensor_model_parallel_size=3"), MODEL)
-    check_model(load(LORA, "model.peft.lora_tuning.layer_selection=[1, 30]"), MODEL)
+    selected = "model.peft.lora_tuning.layer_selection=[15, 16]"
+    check_model(load(LORA, selected, "model.pipeline_model_parallel_size=2"), MODEL)
     # Repeating the checkpoint's shapes is no change, and the checkpoint may say how to recompute.
     check_model(load("model.hidden_size=576", "model.tokenizer={library: huggingface}"), MODEL)
     recompute = {"activations_checkpoint_method": "uniform", "activations_checkpoint_num_layers": 1}

@@ -1,13 +1,15 @@
-"""One process of test_switch.py."""
+"""One process of test_switch.py and test_cost.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_dpo.lora.spec import POLICY, LoraSpec, linears_of
 from tests.lora.lora_cases import dimensions
-from tests.model.model_cases import SIZES, build, random_batches
+from tests.model.model_cases import SIZES, build, random_batches, training_step
 
 
 class Broken(Exception):
@@ -48,3 +50,22 @@ def switched(_rank: int, nemo: Path) -> dict[str, Any]:
         found["after reference"] = {module.active for module in modules}
         found["training"] = {module.training for module in modules}
     return found
+
+
+def operators(_rank: int, nemo: Path, out: Path) -> set[str]:
+    """Names of the operators of a training step of an adapter."""
+    from nemo_dpo.lora.adapters import activate, attach, initial
+    from nemo_dpo.parallel.groups import Layout
+
+    spec, sizes = LoraSpec(linears_of(["all"]), rank=4, alpha=4.0), dimensions(nemo)
+
+    def prepare(chunks: list[Any]) -> None:
+        for chunk in chunks:
+            chunk.freeze_base()
+        attach(chunks, POLICY, spec, sizes, initial(spec, sizes, 1))
+        activate(chunks, POLICY)
+
+    engine = build(nemo, Layout(1), prepare)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        training_step(engine, out)
+    return {event.key for event in profile.key_averages()}
