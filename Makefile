@@ -1,9 +1,10 @@
-# `make help` lists the targets. Variables: VENV, PYTHON (3.11 or later), TORCH, PYTEST (arguments); of the quickstart
-# PEFT (lora: an adapter in place of all weights) and ARGS.
+# `make help` lists the targets. Variables: VENV, PYTHON (3.11 or later), TORCH, PYTEST (arguments), JOBS (processes of
+# make test); of the quickstart PEFT (lora: an adapter in place of all weights) and ARGS.
 VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 PYTEST ?= tests
+JOBS   ?= 2
 PEFT   ?= none
 ARGS   ?=
 
@@ -40,8 +41,9 @@ lint: $(stamp)  ## ruff, mypy, import-linter
 # One thread per process: the tests start several ranks on the same cores.
 unit test-slow parity mutants: export OMP_NUM_THREADS := 1
 
+# Whole files to each of JOBS processes: what a file prepares once is not prepared twice.
 unit: $(stamp)
-	$(bin)/python -m pytest $(PYTEST)
+	$(bin)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST)
 
 test-slow: $(stamp)  ## the long tests
 	$(bin)/python -m pytest -m slow $(PYTEST)

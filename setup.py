@@ -23,6 +23,7 @@ REQUIRES = [
     "transformers>=5.0",
     "tokenizers",
     "sentencepiece",
+    "protobuf",  # parses SentencePiece models
     "safetensors",
     "gguf",
     "numpy",
@@ -36,12 +37,15 @@ REQUIRES = [
 
 EXTRAS = {
     "qlora": ["bitsandbytes>=0.50"],  # model.peft.base_quantization=nf4
+    "zarr": ["zarr>=3.0"],  # distributed checkpoints of kind zarr, as older NeMo wrote them
     "test": [
         "bitsandbytes>=0.50",
+        "zarr>=3.0",
         "accelerate",
         "peft>=0.18",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "hypothesis",
         "ruff",
         "mypy",

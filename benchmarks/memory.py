@@ -24,11 +24,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, BATCH = 5, 4
 LORA = ("model.peft.peft_scheme=lora", "model.peft.lora_tuning.target_modules=[all]")
+RECOMPUTE = (
+    "model.activations_checkpoint_granularity=full",
+    "model.activations_checkpoint_method=uniform",
+    "model.activations_checkpoint_num_layers=1",
+)
 KINDS = {
     "full, frozen": ("model.dpo.reference.kind=frozen",),
     "full, cached": ("model.dpo.reference.kind=cached",),
     "LoRA, adapter_off": LORA,
     "QLoRA, adapter_off": (*LORA, "model.peft.base_quantization=nf4"),
+    "QLoRA, recompute": (*LORA, "model.peft.base_quantization=nf4", *RECOMPUTE),
 }
 SETTING = (
     "trainer.accelerator=cpu",

@@ -23,6 +23,7 @@ from nemo.utils import logging as nemo_logging
 
 from nemo_dpo.checkpoint import archive, sharded
 from nemo_dpo.checkpoint.fingerprint import weights_hash
+from nemo_dpo.checkpoint.weights import check_metadata_pickle
 from nemo_dpo.config import Config
 from nemo_dpo.lora.spec import POLICY
 from nemo_dpo.losses import build_objective
@@ -39,7 +40,7 @@ from nemo_dpo.training import run_log, signals
 from nemo_dpo.training.adapters import Adapted, export_adapter
 from nemo_dpo.training.cadence import Cadence, CheckpointKeeper, Rhythm
 from nemo_dpo.training.data import PairData
-from nemo_dpo.training.finish import export_nemo, finish, nemo_path
+from nemo_dpo.training.finish import check_export, export_nemo, finish, nemo_path
 from nemo_dpo.training.module import PreferenceModule
 from nemo_dpo.training.policy import build_engine, build_evaluator
 from nemo_dpo.training.resume import (
@@ -135,11 +136,15 @@ def _started(cfg: Config, log_dir: Path, groups: Groups, build: Build[E]) -> Ite
     on_rank_zero(lambda: run_log.save_run_facts(cfg, log_dir))
     with _extracted(Path(str(cfg.pretrained_checkpoint.restore_from_path))) as folder:
         model_config = archive.read_model_config(folder)
+        check_metadata_pickle(folder / archive.MODEL_WEIGHTS)  # said before the data is prepared
         tokenizer = load_tokenizer(model_config["tokenizer"], folder)
         model_config["vocab_size"] = stated_vocab_size(model_config) or tokenizer.vocab_size
+        check_export(cfg, model_config)
         data = PairData.prepare(cfg, model_config, tokenizer, log_dir, groups)
         weights = weights_hash(folder / archive.MODEL_WEIGHTS)
         engine, adapted = build(cfg, model_config, folder, weights, groups)
+        if adapted:
+            check_export(cfg, model_config, adapted.spec)
         yield Start(log_dir, folder, weights, model_config, data, engine, adapted, limit)
 
 

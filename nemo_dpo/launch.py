@@ -30,12 +30,14 @@ from nemo_dpo.config import (
     Config,
     ConfigError,
     check,
+    check_folders,
     check_layout,
     check_model,
     layout_notice,
     load_config,
     parse_cli,
     show_config,
+    with_cached_reference,
 )
 from nemo_dpo.data import DataError
 from nemo_dpo.model.architecture import Architecture, ArchitectureError
@@ -78,14 +80,16 @@ def _launch(config_dir: Path, config_name: str, job: str, argv: Sequence[str]) -
     present = present_ranks(os.environ)
     _set_up_logging(present.rank if present else 0)
     request = parse_cli(argv, config_dir, config_name, sys.argv[0])
-    if request.show_config:
-        show_config(request)
     cfg = load_config(request.config_dir, request.config_name, request.overrides)
+    if job == "cache_reference":  # takes a training's own configuration
+        cfg = with_cached_reference(cfg)
+    if request.show_config:
+        show_config(cfg)
     check(cfg)
     if cfg.trainer.accelerator == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch must not see what is not to be used
     check_host(cfg, accelerators())
-    check_results_folder(cfg)
+    check_folders(cfg)
     world = check_ranks(cfg, present, local_devices(cfg, accelerators()))
     check_layout(cfg, world)
     model_config = read_model_config(Path(str(cfg.pretrained_checkpoint.restore_from_path)))
@@ -241,17 +245,6 @@ def check_torch(cfg: Config, found: int) -> None:
             "or use trainer.accelerator=cpu"
         )
     logger.warning("%s: running on the CPU", text)
-
-
-def check_results_folder(cfg: Config) -> None:
-    """Refuse a folder that cannot be made, before the seconds of imports."""
-    folder = Path(cfg.exp_manager.explicit_log_dir or cfg.exp_manager.exp_dir or ".").absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise ConfigError(
-            f"the results folder {folder} cannot be made: {there} is not a folder that may be written; "
-            "set exp_manager.explicit_log_dir"
-        )
 
 
 def local_devices(cfg: Config, found: int) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from nemo_dpo.checkpoint.weights import Weights, read_weights
+from nemo_dpo.checkpoint.weights import Chunk, Weights, read_weights
 from nemo_dpo.parallel.collective import agree, gather
 
 # `layers.` without a number: the layers are stacked, [layers, …].
@@ -49,6 +49,16 @@ def weights_hash(folder: Path) -> str:
 def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     """The same of tensors in memory."""
     return _combined({Piece(name, None): _digest(Piece(name, None), tensor) for name, tensor in tensors.items()})
+
+
+def chunks_hash(chunks: Iterable[Chunk]) -> str:
+    """The same of chunks that are about to be written, or as good as; each is asked for once."""
+    digests = {}
+    for chunk in chunks:
+        piece = Piece(chunk.name, chunk.layer)
+        digests[piece] = _digest(piece, chunk.tensor)
+        del chunk  # or it would live on while the next one is made
+    return _combined(digests)
 
 
 def _share(folder: Path, rank: int, world: int) -> dict[Piece, str]:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_dpo.checkpoint import CheckpointError, SaveError
 from nemo_dpo.checkpoint.archive import sync_folder
-from nemo_dpo.checkpoint.weights import Weights, check_metadata_pickle, read_weights
+from nemo_dpo.checkpoint.weights import TorchDistWeights, check_metadata_pickle
 from nemo_dpo.parallel.collective import agree, on_rank_zero
 from nemo_dpo.parallel.engine import Engine
 
@@ -112,7 +112,7 @@ def load_by_layer(folder: Path, engine_chunks: list[Any], device: torch.device) 
     stacked parameter; every rank reads its own part. Collective: pipeline ranks have equally many layers.
     """
     _fill(folder, engine_chunks, lambda name: not name.startswith(LAYERS))
-    stored = agree(lambda: read_weights(folder))
+    stored = agree(lambda: TorchDistWeights(folder))
     for chunk in engine_chunks:
         entries = _entries(chunk, methodcaller("startswith", LAYERS))
         for number, layer in enumerate(chunk.decoder.layers):
@@ -136,7 +136,7 @@ def _fill(folder: Path, engine_chunks: list[Any], wanted: Callable[[str], bool])
             raise CheckpointError(f"{folder}: weights do not fit the model: missing {absent}, unexpected {unexpected}")
 
 
-def _fill_layer(layer: torch.nn.Module, entries: dict[str, Any], stored: Weights) -> None:
+def _fill_layer(layer: torch.nn.Module, entries: dict[str, Any], stored: TorchDistWeights) -> None:
     own = {}
     for name, entry in entries.items():
         if isinstance(entry, ShardedTensorFactory):  # of a gated layer: a rank's rows are in two places
@@ -146,7 +146,7 @@ def _fill_layer(layer: torch.nn.Module, entries: dict[str, Any], stored: Weights
     layer.load_state_dict(own)
 
 
-def _stored_part(stored: Weights, entry: ShardedTensor) -> torch.Tensor:
+def _stored_part(stored: TorchDistWeights, entry: ShardedTensor) -> torch.Tensor:
     if entry.key not in stored or tuple(stored.shape(entry.key)) != tuple(entry.global_shape):
         found = list(stored.shape(entry.key)) if entry.key in stored else "missing"
         raise CheckpointError(f"weights do not fit the model: {entry.key} is {found}, not {list(entry.global_shape)}")

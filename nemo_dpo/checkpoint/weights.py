@@ -14,8 +14,11 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import pickletools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,12 +32,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_dpo.checkpoint import CheckpointError, SaveError
+from nemo_dpo.checkpoint import CheckpointError, SaveError, torch_file
+from nemo_dpo.checkpoint.stored import Weights
+from nemo_dpo.checkpoint.tar import Section, Span
+from nemo_dpo.checkpoint.zarr_weights import ZarrWeights
 
 METADATA = ".metadata"
 DATA_FILE = "__0_0.distcp"
 FORMAT_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
+ZARR = "zarr"
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -101,29 +108,44 @@ class _Stored:
 
 
 def write_weights(folder: Path, chunks: Iterable[Chunk]) -> None:
-    """Write `chunks` as the distributed checkpoint `folder`, which is created; chunks are taken and written one by one.
+    """Write `chunks` as the distributed checkpoint `folder`, which is created; see `stream_weights`."""
+    folder.mkdir(parents=True)
+    stream_weights(lambda name: (folder / name).open("wb"), chunks)
+
+
+def stream_weights(create: Callable[[str], AbstractContextManager[IO[bytes]]], chunks: Iterable[Chunk]) -> None:
+    """Write `chunks` as a distributed checkpoint; they are taken and written one by one.
+
+    Args:
+        create: opens a new file of the checkpoint's folder for writing, by its name; one is open at a time.
+        chunks: the parameters, in any order.
 
     Raises:
         CheckpointError: a chunk comes twice, differs from its stack in shape or dtype, or a stack is incomplete.
+        SaveError: it cannot be written.
     """
-    folder.mkdir(parents=True)
     stored: dict[str, _Stored] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
-    with (folder / DATA_FILE).open("wb") as file:
+    with create(DATA_FILE) as file:
         for chunk in chunks:
             offsets = _register(stored, chunk)
             start = file.tell()
             _save(chunk.tensor if chunk.layer is None else chunk.tensor[None], file)
             storage[MetadataIndex(chunk.name, offsets)] = _StorageInfo(DATA_FILE, start, file.tell() - start)
+            del chunk  # or it would live on while the next one is made
     metadata = Metadata({name: _finished(name, parameter) for name, parameter in stored.items()}, storage_data=storage)
-    with (folder / METADATA).open("wb") as file:
+    with create(METADATA) as file:
         pickle.dump(metadata, file)
-    torch.save({}, folder / COMMON_FILE)
-    (folder / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
+    with create(COMMON_FILE) as file:
+        torch.save({}, file)
+    with create(FORMAT_FILE) as file:
+        file.write(json.dumps(FORMAT).encode())
 
 
 def _save(tensor: torch.Tensor, file: IO[bytes]) -> None:
-    own = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # a view would drag in its whole storage
+    own = tensor.detach().cpu().contiguous()
+    if own.untyped_storage().nbytes() != own.nbytes:  # a view would drag in its whole storage
+        own = own.clone()
     try:
         torch.save(own, file)
     except RuntimeError as error:  # what torch makes of a failed write
@@ -160,7 +182,7 @@ class _Placeholder:
 class _IndexUnpickler(pickle.Unpickler):
     """Unpickles the classes that an index is made of, and nothing else."""
 
-    def __init__(self, file: IO[bytes], source: Path) -> None:
+    def __init__(self, file: IO[bytes], source: Traversable) -> None:
         super().__init__(file)
         self._source = source
 
@@ -174,7 +196,7 @@ class _IndexUnpickler(pickle.Unpickler):
         )
 
 
-def check_metadata_pickle(folder: Path) -> Metadata:
+def check_metadata_pickle(folder: Traversable) -> Metadata:
     """Read the index of the distributed checkpoint `folder` safely, and check it against the files beside it.
 
     torch and megatron-core unpickle `.metadata` without restraint and follow the file names in it: call this before
@@ -186,8 +208,9 @@ def check_metadata_pickle(folder: Path) -> Metadata:
     """
     _check_format(folder)
     try:
-        with (folder / METADATA).open("rb") as file:
-            metadata = _IndexUnpickler(file, folder).load()
+        raw = (folder / METADATA).read_bytes()
+        _check_memo(raw)
+        metadata = _IndexUnpickler(io.BytesIO(raw), folder).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise CheckpointError(f"{folder}: {METADATA} is not the index of a distributed checkpoint")
         _check_files(folder, metadata)
@@ -200,19 +223,38 @@ def check_metadata_pickle(folder: Path) -> Metadata:
     return metadata
 
 
-def _check_format(folder: Path) -> None:
+def _check_memo(raw: bytes) -> None:
+    """Refuse numbers of memorised objects beyond what `raw` can hold: the unpickler makes a table of that length."""
+    for opcode, argument, _ in pickletools.genops(raw):
+        if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(raw):
+            raise ValueError(f"object number {argument} in {len(raw)} bytes")
+
+
+def _check_format(folder: Traversable) -> None:
+    kind = kind_of(folder)
+    if kind != FORMAT["sharded_backend"]:
+        raise CheckpointError(
+            f"{folder}: kind '{kind}' cannot be read here, only '{FORMAT['sharded_backend']}'; rewrite the checkpoint "
+            "with tools/convert/convert_gpt_nemo_to_mcore.py"
+        )
+
+
+def kind_of(folder: Traversable) -> str:
+    """The kind of the distributed checkpoint `folder`: `torch_dist`, or `zarr` as megatron-core once wrote.
+
+    Raises:
+        CheckpointError: it does not say.
+    """
     file = folder / FORMAT_FILE
     if not file.is_file():
         raise CheckpointError(f"{folder}: holds no {FORMAT_FILE}; it is not a megatron-core distributed checkpoint")
     try:
-        backend = json.loads(file.read_text(encoding="utf-8"))["sharded_backend"]
-    except (ValueError, KeyError, TypeError) as error:
+        return str(json.loads(file.read_text(encoding="utf-8"))["sharded_backend"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable ({error}); copy the checkpoint again") from error
-    if backend != FORMAT["sharded_backend"]:
-        raise CheckpointError(f"{folder}: kind '{backend}' cannot be read, only '{FORMAT['sharded_backend']}'")
 
 
-def _check_files(folder: Path, metadata: Metadata) -> None:
+def _check_files(folder: Traversable, metadata: Metadata) -> None:
     infos = metadata.storage_data.values()
     names = {info.relative_path for info in infos}
     for name in names:
@@ -220,7 +262,7 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
             raise CheckpointError(f"{folder}: its index names the file {name!r} outside the folder; not trusted")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: data file {name} is missing; copy the checkpoint again")
-    sizes = {name: (folder / name).stat().st_size for name in names}
+    sizes = {name: _size(folder / name) for name in names}
     inside = (0 <= info.offset <= info.offset + info.length <= sizes[info.relative_path] for info in infos)
     if not all(inside):
         raise CheckpointError(f"{folder}: a data file is truncated; copy the checkpoint again")
@@ -231,16 +273,25 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
                 raise CheckpointError(f"{folder}: {key} claims {claimed} bytes, more than its files hold; not trusted")
 
 
-class Weights(Mapping[str, torch.Tensor]):
-    """The tensors of a distributed checkpoint by key, read when asked for; other objects in it are left out."""
+def _size(file: Traversable) -> int:
+    with file.open("rb") as opened:
+        return int(opened.seek(0, 2))
 
-    def __init__(self, folder: Path) -> None:
+
+class TorchDistWeights(Weights):
+    """The tensors of a checkpoint of kind `torch_dist`."""
+
+    def __init__(self, folder: Traversable) -> None:
         """Read and check the index of `folder`; see `check_metadata_pickle` for what is refused."""
         metadata = check_metadata_pickle(folder)
         self._folder = folder
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         entries = metadata.state_dict_metadata.items()
         self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        self._chunks = {
+            key: {(*chunk.offsets, *chunk.sizes): chunk for chunk in entry.chunks}
+            for key, entry in self._tensors.items()
+        }
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.part(name, [0] * len(self.shape(name)), self.shape(name))
@@ -252,20 +303,19 @@ class Weights(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
     def shape(self, name: str) -> torch.Size:
-        """Shape of the whole parameter, `[layers, …]` if stacked; reads no data."""
         return self._tensors[name].size
 
     def dtype(self, name: str) -> torch.dtype:
-        """dtype of the parameter; reads no data."""
         return self._tensors[name].properties.dtype
 
     def layer(self, name: str, index: int) -> torch.Tensor:
-        """Layer `index` of a stacked parameter, without the leading dimension; reads the chunks of that layer only."""
         size = self.shape(name)
         return self.part(name, [index, *[0] * (len(size) - 1)], [1, *size[1:]])[0]
 
     def part(self, name: str, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         """The box of a parameter that begins at `start` with `size`, from the chunks that overlap it."""
+        if (whole := self._chunks[name].get((*start, *size))) is not None:
+            return self._load(name, whole)  # the usual case, without a copy
         result = torch.empty(tuple(size), dtype=self.dtype(name))
         filled = 0
         for chunk in self._tensors[name].chunks:
@@ -286,20 +336,20 @@ class Weights(Mapping[str, torch.Tensor]):
         if info is None or info.transform_descriptors:
             raise CheckpointError(f"{self._folder}: {name} is not stored, or in a compressed form that cannot be read")
         with (self._folder / info.relative_path).open("rb") as file:
-            file.seek(info.offset)
-            data = file.read(info.length)
-        try:
-            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"{self._folder}: {name} is damaged ({str(error).splitlines()[0]})") from error
+            part = io.BufferedReader(Section(file, Span(info.offset, info.length)))
+            tensor = torch_file.load(part, f"{self._folder}: {name}")
         if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (chunk.sizes, self.dtype(name)):
             raise CheckpointError(f"{self._folder}: {name} is not the tensor that the index promises")
         return tensor
 
 
-def read_weights(folder: Path) -> Weights:
-    """The tensors of the distributed checkpoint `folder`, lazily; see `Weights`."""
-    return Weights(folder)
+def read_weights(folder: Traversable) -> Weights:
+    """The tensors of the distributed checkpoint `folder`, on disk or inside a tar, lazily."""
+    if kind_of(folder) != ZARR:
+        return TorchDistWeights(folder)
+    if not isinstance(folder, Path):
+        raise CheckpointError(f"{folder}: a checkpoint of kind '{ZARR}' can be read from a folder only; unpack it")
+    return ZarrWeights(folder)
 
 
 def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

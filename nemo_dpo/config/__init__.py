@@ -1,11 +1,11 @@
 """Configuration: schema, loading, checks. Needs hydra and omegaconf only, so that a wrong key is refused at once."""
 
-from nemo_dpo.config.checks import check, check_layout, check_model, layout_notice
+from nemo_dpo.config.checks import check, check_folders, check_layout, check_model, layout_notice
 from nemo_dpo.config.cli import CommandLine, parse_cli, show_config
 from nemo_dpo.config.data_sources import Source, data_sources
 from nemo_dpo.config.describe import describe
 from nemo_dpo.config.errors import ConfigError
-from nemo_dpo.config.load import load_config, to_yaml
+from nemo_dpo.config.load import load_config, to_yaml, with_cached_reference
 from nemo_dpo.config.schema import Config
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ConfigError",
     "Source",
     "check",
+    "check_folders",
     "check_layout",
     "check_model",
     "data_sources",
@@ -23,4 +24,5 @@ __all__ = [
     "parse_cli",
     "show_config",
     "to_yaml",
+    "with_cached_reference",
 ]

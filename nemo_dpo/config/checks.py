@@ -6,6 +6,7 @@ cannot work ends before anything heavy is imported.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
@@ -58,6 +59,15 @@ def check_model(cfg: Config, model_config: Mapping[str, Any]) -> None:
     _raise_if([*_recompute(cfg, model_config), *_layer_selection(cfg, model_config)])
 
 
+def check_folders(cfg: Config) -> None:
+    """Folders that this run may have to make: results, and cached log-probs, which may be there to be read only."""
+    results = cfg.exp_manager.explicit_log_dir or cfg.exp_manager.exp_dir or "."
+    cache = cfg.model.dpo.reference.cache_dir
+    _raise_if(_unmakable("results folder", results, "exp_manager.explicit_log_dir"))
+    if cache is not None and not Path(cache).is_dir():
+        _raise_if(_unmakable("folder of log-probs", cache, "model.dpo.reference.cache_dir"))
+
+
 def layout_notice(cfg: Config, model_config: Mapping[str, Any]) -> str:
     """One line if the checkpoint's configuration names another layout than this run's, else "".
 
@@ -105,6 +115,13 @@ def _absent_files(cfg: Config) -> Iterator[str]:
         for source in sources:
             if not source.path.is_file():
                 yield f"model.data.data_prefix: {split} file {source.path} does not exist or is not a file"
+
+
+def _unmakable(what: str, given: str, key: str) -> Iterator[str]:
+    folder = Path(given).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        yield f"the {what} {folder} cannot be made: {there} is not a folder that may be written; set {key}"
 
 
 def _objective(cfg: Config) -> Iterator[str]:

@@ -10,7 +10,8 @@ from typing import NoReturn
 
 from nemo_dpo.config.describe import describe
 from nemo_dpo.config.errors import ConfigError
-from nemo_dpo.config.load import load_config, to_yaml
+from nemo_dpo.config.load import to_yaml
+from nemo_dpo.config.schema import Config
 
 _FLAGS = {
     "--config-path": "config_dir",
@@ -71,9 +72,9 @@ def parse_cli(
     return CommandLine(config_dir, name, tuple(overrides), show_config=bool(values["cfg"]))
 
 
-def show_config(command: CommandLine) -> NoReturn:
+def show_config(cfg: Config) -> NoReturn:
     """``--cfg job``: print the effective configuration and exit."""
-    _print_and_exit(to_yaml(load_config(command.config_dir, command.config_name, command.overrides)))
+    _print_and_exit(to_yaml(cfg))
 
 
 def _next(rest: Iterator[str], flag: str) -> str:

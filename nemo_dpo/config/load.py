@@ -56,6 +56,15 @@ def load_config(config_dir: Path | str, config_name: str, overrides: Sequence[st
     return cfg
 
 
+def with_cached_reference(cfg: Config) -> Config:
+    """``cfg`` with the log-probs of its kind of reference kept on disk."""
+    kind, dpo = cfg.model.reference_kind, cfg.model.dpo
+    if kind.startswith("cached:"):
+        return cfg
+    reference = replace(dpo.reference, kind=f"cached:{kind}")
+    return replace(cfg, model=replace(cfg.model, dpo=replace(dpo, reference=reference)))
+
+
 def to_yaml(cfg: Config) -> str:
     """The effective configuration, readable again by :func:`load_config`."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -15,18 +16,36 @@ def hf_to_nemo(
     precision: str | None = None,
     hparams_file: Path | None = None,
     overwrite: bool = False,
+    families: Collection[str] = (),
+    verify: bool = True,
 ) -> None:
     """Convert a Hugging Face folder to the `.nemo` archive `output`; see `convert.run.hf_to_nemo`."""
     from nemo_dpo.convert import run
 
-    run.hf_to_nemo(source, output, precision=precision, hparams_file=hparams_file, overwrite=overwrite)
+    run.hf_to_nemo(
+        source,
+        output,
+        precision=precision,
+        hparams_file=hparams_file,
+        overwrite=overwrite,
+        families=families,
+        verify=verify,
+    )
 
 
-def nemo_to_hf(source: Path, output: Path, *, precision: str | None = None, overwrite: bool = False) -> None:
+def nemo_to_hf(
+    source: Path,
+    output: Path,
+    *,
+    precision: str | None = None,
+    overwrite: bool = False,
+    families: Collection[str] = (),
+    verify: bool = True,
+) -> None:
     """Convert a `.nemo` (archive or folder) to the Hugging Face folder `output`; see `convert.run.nemo_to_hf`."""
     from nemo_dpo.convert import run
 
-    run.nemo_to_hf(source, output, precision=precision, overwrite=overwrite)
+    run.nemo_to_hf(source, output, precision=precision, overwrite=overwrite, families=families, verify=verify)
 
 
 def gguf_to_hf(source: Path, output: Path, *, precision: str = "32", overwrite: bool = False) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import pickle
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,11 @@ import torch
 from torch import Tensor
 
 from nemo_dpo.checkpoint import CheckpointError, archive
+from nemo_dpo.checkpoint.torch_file import load_tensors
 from nemo_dpo.convert.rules import interleave, separate
 from nemo_dpo.convert.run import temporary_folder
 from nemo_dpo.lora.file import AdapterFile, parts
-from nemo_dpo.lora.spec import TARGETS, VARIANTS, Dimensions, Linear, LoraSpec, linears_of
+from nemo_dpo.lora.spec import TARGETS, VARIANTS, Dimensions, Linear, LoraSpec, layers_of, linears_of
 from nemo_dpo.model.architecture import Architecture, ArchitectureError
 
 WEIGHTS_FILE = "model_weights.ckpt"
@@ -68,7 +68,8 @@ def read_adapter(path: Path, dimensions: Dimensions) -> AdapterFile:
     spec = _spec_of(config, dimensions, path)
     own = _mapping(config.get(OWN_SECTION))
     with archive.open_folder(path, check=_check_complete) as folder:
-        stored = _load(folder / WEIGHTS_FILE, path)
+        # Read whole: what lies in a temporary folder cannot stay mapped.
+        stored = load_tensors(io.BytesIO((folder / WEIGHTS_FILE).read_bytes()), f"{path}: {WEIGHTS_FILE}")
     check_tensors(stored, _shapes(spec, dimensions), path)
     tensors = {name: tensor for pair in _pairs(spec, dimensions) for name, tensor in pair.unpack(stored)}
     return AdapterFile(spec, tensors, own.get("base_weights"), own.get("peft_config"))
@@ -192,18 +193,21 @@ def _shapes(spec: LoraSpec, dimensions: Dimensions) -> dict[str, tuple[int, ...]
     return found
 
 
-def _section(spec: LoraSpec) -> dict[str, Any]:
-    """`LoraSpec` → the section `peft` of model_config.yaml."""
+def tuning_of(spec: LoraSpec) -> dict[str, Any]:
+    """`LoraSpec` → keys of `peft.lora_tuning`, as a user sets them."""
     target = {linears[0]: name for name, linears in TARGETS.items() if len(linears) == 1}
-    tuning = {
+    return {
         "target_modules": [target[linear] for linear in spec.linears],
         "adapter_dim": spec.rank,
         "alpha": spec.alpha,
         "variant": spec.variant,
         "layer_selection": None if spec.layers is None else [layer + 1 for layer in spec.layers],
-        **UNUSED,
     }
-    return {"peft_scheme": "lora", "lora_tuning": tuning}
+
+
+def _section(spec: LoraSpec) -> dict[str, Any]:
+    """`LoraSpec` → the section `peft` of model_config.yaml."""
+    return {"peft_scheme": "lora", "lora_tuning": {**tuning_of(spec), **UNUSED}}
 
 
 def _spec_of(config: Mapping[str, Any], dimensions: Dimensions, path: Path) -> LoraSpec:
@@ -230,8 +234,7 @@ def _spec_of(config: Mapping[str, Any], dimensions: Dimensions, path: Path) -> L
     if any(wrong.values()):
         found = {key: tuning.get(key) for key, is_wrong in wrong.items() if is_wrong}
         raise CheckpointError(f"{path}: peft.lora_tuning has {found}, which cannot be read for this base")
-    selected = None if layers is None else tuple(sorted(layer - 1 for layer in layers))
-    return LoraSpec(linears_of(targets), rank, float(alpha), variant, selected)
+    return LoraSpec(linears_of(targets), rank, float(alpha), variant, layers_of(layers, dimensions.layers))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -256,16 +259,3 @@ def _check_complete(folder: Path, source: Path) -> None:
     if any(entry.name.startswith(("mp_rank_", "tp_rank_")) for entry in folder.iterdir()):
         raise CheckpointError(f"{source}: is split over ranks; join it with NeMo's lora_converters/to_tp1.py first")
     raise CheckpointError(f"{source}: holds no {WEIGHTS_FILE}; it is not a complete adapter archive")
-
-
-def _load(file: Path, source: Path) -> dict[str, Tensor]:
-    try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{source}: {WEIGHTS_FILE} is damaged or not trusted ({reason}); copy it again"
-        ) from error
-    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise CheckpointError(f"{source}: {WEIGHTS_FILE} is no flat dictionary of tensors")
-    return {str(name): tensor.detach() for name, tensor in stored.items()}

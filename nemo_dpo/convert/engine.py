@@ -6,7 +6,9 @@ Every tensor is checked against the shape that the config implies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from nemo_dpo.checkpoint.weights import Chunk, Weights
 from nemo_dpo.convert.rules import Dims, PaddedVocab, Param, Rule, Table
 
 PREFIX = "model."
+Step = TypeVar("Step")
 
 
 def to_chunks(table: Table, dims: Dims, source: Mapping[str, Tensor], dtype: torch.dtype | None) -> Iterator[Chunk]:
@@ -31,26 +34,97 @@ def to_chunks(table: Table, dims: Dims, source: Mapping[str, Tensor], dtype: tor
     Raises:
         CheckpointError: a parameter is missing, unknown or of another shape, or one that must be zero or tied is not.
     """
-    _check_source_names(table, dims, source)
+    source = Renamed(source, table.renamed)
+    check_source(table, dims, source)
     _check_extras(table, dims, source)
-    for rule, layer in _progress(_steps(table.rules, dims), "to .nemo"):
-        parts = [_checked(source, param, layer, dims) for param in rule.hf]
-        tensor = rule.pack(_of_one_dtype(parts, dtype, rule), dims)
-        yield Chunk(PREFIX + rule.nemo, tensor, layer, dims.layers if rule.per_layer else 0)
+    for rule, layer in progress(_steps(table.rules, dims), "to .nemo"):
+        num_layers = dims.layers if rule.per_layer else 0
+        yield Chunk(PREFIX + rule.nemo, _packed(rule, layer, dims, source, dtype, table.config), layer, num_layers)
 
 
-def to_hf(table: Table, dims: Dims, weights: Weights, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def to_hf(
+    table: Table, dims: Dims, weights: Weights, dtype: torch.dtype | None, title: str = "to Hugging Face"
+) -> Iterator[tuple[str, Tensor]]:
     """Stored megatron-core tensors → (Hugging Face name, tensor), contiguous; the arguments as for `to_chunks`."""
-    _check_stored(table, dims, weights)
-    for rule, layer in _progress(_steps(table.rules, dims), "to Hugging Face"):
-        name = PREFIX + rule.nemo
-        tensor = weights[name] if layer is None else weights.layer(name, layer)
-        for param, part in zip(rule.hf, rule.unpack(tensor, dims), strict=True):
-            yield _name(param, layer), part.to(dtype or part.dtype).contiguous()
+    check_stored(table, dims, weights)
+    for rule, layer in progress(_steps(table.rules, dims), title):
+        yield from _unpacked(rule, layer, dims, weights, dtype)
     kept = weights.dtype(PREFIX + table.rules[0].nemo)
     for param in table.zeros:
         for layer in _layers(param, dims):
-            yield _name(param, layer), torch.zeros(param.shape(dims), dtype=dtype or kept)
+            yield _name(param, layer), torch.zeros(param.file_shape(dims), dtype=dtype or kept)
+
+
+def hf_parameters(table: Table, dims: Dims) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(Hugging Face name, shape, key of the stored parameter that has its dtype), in the order of `to_hf`."""
+    for rule, layer in _steps(table.rules, dims):
+        for param in rule.hf:
+            yield _name(param, layer), param.file_shape(dims), PREFIX + rule.nemo
+    for param in table.zeros:
+        for layer in _layers(param, dims):
+            yield _name(param, layer), param.file_shape(dims), PREFIX + table.rules[0].nemo
+
+
+# Memory: a tensor lives on while a name of a running function refers to it. So the two below hold none that they have
+# handed out, and nothing of the step before is left when the next one reads.
+def _packed(
+    rule: Rule, layer: int | None, dims: Dims, source: Mapping[str, Tensor], dtype: torch.dtype | None, config: str
+) -> Tensor:
+    parts = [
+        param.turned(
+            converted(checked(source, _name(param, layer), param.file_shape(dims), config), dtype)
+        ).contiguous()
+        for param in rule.hf
+    ]
+    found = sorted({str(part.dtype) for part in parts})
+    if len(found) > 1:
+        raise CheckpointError(f"{rule.nemo} is made of {', '.join(found)}; set the precision to convert to")
+    return rule.pack(parts, dims)
+
+
+def _unpacked(
+    rule: Rule, layer: int | None, dims: Dims, weights: Weights, dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    for param, part in zip(rule.hf, rule.unpack(_stored(rule, layer, weights), dims), strict=True):
+        yield _name(param, layer), param.turned(converted(part, dtype)).contiguous()
+
+
+def _stored(rule: Rule, layer: int | None, weights: Weights) -> Tensor:
+    name = PREFIX + rule.nemo
+    return weights[name] if layer is None else weights.layer(name, layer)
+
+
+def converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`tensor` in `dtype`; None keeps its own."""
+    return tensor.to(dtype or tensor.dtype)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """`source` under the table's names; `patterns` are those of `Table.renamed`."""
+
+    def __init__(self, source: Mapping[str, Tensor], patterns: Sequence[tuple[str, str]]) -> None:
+        self._source = source
+        self._names: dict[str, str] = {}
+        for name in source:
+            own = name
+            for pattern, replacement in patterns:
+                own = re.sub(pattern, replacement, own)
+            if own in self._names:
+                raise CheckpointError(f"{name} and {self._names[own]} are two names of one parameter")
+            self._names[own] = name
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source[self._names[name]]
+
+    def original(self, name: str) -> str:
+        """The name in `source`."""
+        return self._names[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _layers(param: Param, dims: Dims) -> list[int | None]:
@@ -58,18 +132,23 @@ def _layers(param: Param, dims: Dims) -> list[int | None]:
 
 
 def _steps(rules: tuple[Rule, ...], dims: Dims) -> list[tuple[Rule, int | None]]:
-    return [(rule, layer) for rule in rules for layer in _layers(rule.hf[0], dims)]
+    """What has no layer, then layer by layer, as Hugging Face's files are laid out."""
+    steps = [(rule, layer) for rule in rules for layer in _layers(rule.hf[0], dims)]
+    return sorted(steps, key=lambda step: -1 if step[1] is None else step[1])
 
 
 def _name(param: Param, layer: int | None) -> str:
     return param.name.format(layer=layer)
 
 
-def _progress(steps: list[tuple[Rule, int | None]], title: str) -> Iterator[tuple[Rule, int | None]]:
-    yield from tqdm(steps, desc=title, unit="tensor", disable=None, leave=False)  # None: no bar without a terminal
+def progress(steps: Sequence[Step], title: str) -> Iterator[Step]:
+    """`steps` with a bar that says `title`, where there is a terminal; an empty one asks for no bar."""
+    off = None if title else True  # None: off without a terminal
+    yield from tqdm(steps, desc=title, unit="tensor", disable=off, leave=False)
 
 
-def _check_source_names(table: Table, dims: Dims, source: Mapping[str, Tensor]) -> None:
+def check_source(table: Table, dims: Dims, source: Mapping[str, Tensor]) -> None:
+    """Refuse Hugging Face names that are not those of the table."""
     params = [param for rule in table.rules for param in rule.hf] + list(table.zeros)
     wanted = {_name(param, layer) for param in params for layer in _layers(param, dims)}
     missing = sorted(wanted - set(source))
@@ -77,7 +156,7 @@ def _check_source_names(table: Table, dims: Dims, source: Mapping[str, Tensor]) 
     if missing or unknown:
         raise CheckpointError(
             f"the weights do not fit the family's table: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown "
-            f"{unknown[:3]}; check that config.json belongs to these weights"
+            f"{unknown[:3]}; check that {table.config} belongs to these weights"
         )
 
 
@@ -85,29 +164,23 @@ def _check_extras(table: Table, dims: Dims, source: Mapping[str, Tensor]) -> Non
     """What is not stored must be known to be derivable, or the export would silently differ."""
     for param in table.zeros:
         for layer in _layers(param, dims):
-            if _checked(source, param, layer, dims).any():
+            if checked(source, _name(param, layer), param.file_shape(dims), table.config).any():
                 raise CheckpointError(f"{_name(param, layer)} is not zero; megatron-core has no place for it")
     for name, original in table.tied.items():
         if name in source and not torch.equal(source[name], source[original]):
-            raise CheckpointError(f"{name} differs from {original}, although config.json says that they are tied")
+            raise CheckpointError(f"{name} differs from {original}, although {table.config} says that they are tied")
 
 
-def _checked(source: Mapping[str, Tensor], param: Param, layer: int | None, dims: Dims) -> Tensor:
-    name, shape = _name(param, layer), param.shape(dims)
+def checked(source: Mapping[str, Tensor], name: str, shape: tuple[int, ...], config: str) -> Tensor:
+    """The tensor `name` of `source`, which must have the shape that the file `config` implies."""
     tensor = source[name]
     if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{name} has shape {list(tensor.shape)}, config.json implies {list(shape)}")
+        raise CheckpointError(f"{name} has shape {list(tensor.shape)}, {config} implies {list(shape)}")
     return tensor
 
 
-def _of_one_dtype(parts: list[Tensor], dtype: torch.dtype | None, rule: Rule) -> list[Tensor]:
-    found = sorted({str(part.dtype) for part in parts})
-    if dtype is None and len(found) > 1:
-        raise CheckpointError(f"{rule.nemo} is made of {', '.join(found)}; set the precision to convert to")
-    return [part.to(dtype or part.dtype) for part in parts]
-
-
-def _check_stored(table: Table, dims: Dims, weights: Weights) -> None:
+def check_stored(table: Table, dims: Dims, weights: Weights) -> None:
+    """Refuse stored weights whose names or shapes are not those of the table."""
     wanted = {PREFIX + rule.nemo: rule for rule in table.rules}
     missing, unknown = sorted(wanted.keys() - set(weights)), sorted(set(weights) - wanted.keys())
     if missing or unknown:

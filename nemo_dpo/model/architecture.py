@@ -6,7 +6,7 @@ before any weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,20 +25,42 @@ ACTIVATIONS = {
 }
 NORMALIZATIONS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm", "layernorm1p": "LayerNorm"}
 POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
+# NeMo's `name` selects the kind of layer, and NeMo refuses one that it does not know. Ours, of GPT-NeoX: attention and
+# MLP both read the layer's input.
+PARALLEL_RESIDUAL = "megatron_gpt_neox"
+
+# What NeMo takes a missing key, or null, for: a value, or a formula over the other keys.
+DEFAULTS: Mapping[str, object] = {
+    "normalization": "layernorm",
+    "layernorm_epsilon": 1e-5,
+    "activation": "gelu",
+    "bias": True,
+    "qkv_bias": False,
+    "share_embeddings_and_output_weights": True,
+    "position_embedding_type": "learned_absolute",
+    "rotary_base": 10000.0,
+    "rotary_percentage": 1.0,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "make_vocab_size_divisible_by": 128,
+}
+DERIVED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "ffn_hidden_size": lambda config: 4 * config["hidden_size"],
+    "num_query_groups": lambda config: config["num_attention_heads"],
+    "kv_channels": lambda config: config["hidden_size"] // config["num_attention_heads"],
+}
 
 # Keys of NeMo, and of megatron-core's TransformerConfig which NeMo hands on, that change what a model computes and have
 # no field in `Architecture`: the values at which it is what is computed here. null and a missing key always are.
 # Not among them, as in 32 and bf16 it changes nothing, but true in many files: apply_query_key_layer_scaling.
 COMPUTED: Mapping[str, tuple[object, ...]] = {
     "mcore_gpt": (True,),
-    "name": ("", "megatron_gpt", "megatron_gpt_full_te_layer_autocast", "modelopt"),
+    "name": ("", "megatron_gpt", "megatron_gpt_full_te_layer_autocast", "modelopt", PARALLEL_RESIDUAL),
     "attention_type": ("multihead",),
     "transformer_block_type": ("pre_ln",),
     "normalize_attention_scores": (True,),
     "headscale": (False,),
-    "qk_layernorm": (False,),
     "qk_l2_norm": (False,),
-    "window_size": ([-1, -1], [-1, 0]),
     "window_attn_skip_freq": (),
     "multi_latent_attention": (False,),
     "attention_output_gate": (False,),
@@ -51,7 +73,6 @@ COMPUTED: Mapping[str, tuple[object, ...]] = {
     "fp32_residual_connection": (False,),
     "glu_linear_offset": (0,),
     "activation_func_clamp_value": (),
-    "apply_embedding_scaling": (False,),
     "final_logit_softcapping": (0,),
     "attn_logit_softcapping": (0,),
     "mcore_customization_config": ({},),
@@ -59,6 +80,32 @@ COMPUTED: Mapping[str, tuple[object, ...]] = {
     "mtp_num_layers": (0,),
     "num_moe_experts": (0,),
 }
+
+
+REMEDIES = {"mcore_gpt": " (tools/convert/convert_gpt_nemo_to_mcore.py converts it)"}
+
+# Keys that hold numbers where they hold anything; 0 of a whole one means what null does.
+WHOLE_NUMBERS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "override_vocab_size",
+    "max_position_embeddings",
+    "encoder_seq_length",
+    "make_vocab_size_divisible_by",
+)
+REAL_NUMBERS = (
+    "layernorm_epsilon",
+    "rotary_base",
+    "rotary_percentage",
+    "seq_len_interpolation_factor",
+    "hidden_dropout",
+    "attention_dropout",
+)
 
 
 class ArchitectureError(ValueError):
@@ -120,6 +167,10 @@ class Architecture:
     rotary_interleaved: bool
     rope_interpolation: float | None
     rope_scaling: RopeScaling | None
+    window: int | None  # how many tokens back attention sees; None is all
+    qk_norm: bool  # heads of query and key are normalised
+    scaled_embedding: bool  # by √hidden_size
+    parallel_residual: bool
     hidden_dropout: float
     attention_dropout: float
 
@@ -133,50 +184,53 @@ class Architecture:
         Raises:
             ArchitectureError: a key is missing or asks for what this model code cannot express.
         """
+        _check_numbers(config)
         vocab_size = stated_vocab_size(config) or tokenizer_vocab_size or 0
-        missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if config.get(key) is None]
+        missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if not config.get(key)]
         if not vocab_size:
             missing.append("vocab_size")
-        positions: Any = config.get("max_position_embeddings") or config.get("encoder_seq_length")
-        if positions is None:
+        if config.get("max_position_embeddings") is None and config.get("encoder_seq_length") is None:
             missing.append("max_position_embeddings")
         if missing:
             raise ArchitectureError(f"model_config.yaml lacks {', '.join(missing)}; is this an mcore .nemo checkpoint?")
-        normalization = _known(config, "normalization", NORMALIZATIONS, "layernorm")
-        activation, gated = ACTIVATIONS[_known(config, "activation", ACTIVATIONS, "gelu")]
-        position = _known(config, "position_embedding_type", POSITION_EMBEDDINGS, "learned_absolute")
+        config = completed(config)
         _refuse_other_models(config)
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        bias = bool(config.get("bias", True))
+        normalization = _known(config, "normalization", NORMALIZATIONS)
+        activation, gated = ACTIVATIONS[_known(config, "activation", ACTIVATIONS)]
+        bias = bool(config["bias"])
         # NeMo itself writes no numbers: there the switch alone means Llama 3.1's.
         switched_on = bool(config.get("scale_positional_embedding"))
         scaling = config.get("rope_scaling") or ({"rope_type": "llama3", "factor": 8.0} if switched_on else None)
         return cls(
             num_layers=int(config["num_layers"]),
-            hidden_size=hidden,
-            ffn_hidden_size=int(config.get("ffn_hidden_size") or 4 * hidden),
-            num_attention_heads=heads,
-            num_query_groups=int(config.get("num_query_groups") or heads),
-            kv_channels=int(config.get("kv_channels") or hidden // heads),
+            hidden_size=int(config["hidden_size"]),
+            ffn_hidden_size=int(config["ffn_hidden_size"]),
+            num_attention_heads=int(config["num_attention_heads"]),
+            num_query_groups=int(config["num_query_groups"]),
+            kv_channels=int(config["kv_channels"]),
             vocab_size=vocab_size,
-            max_position_embeddings=int(positions),
-            make_vocab_size_divisible_by=int(config.get("make_vocab_size_divisible_by") or 128),
+            max_position_embeddings=int(config["max_position_embeddings"]),
+            make_vocab_size_divisible_by=int(config["make_vocab_size_divisible_by"]),
             normalization=NORMALIZATIONS[normalization],
             zero_centered_norm=normalization == "layernorm1p" or bool(config.get("layernorm_zero_centered_gamma")),
-            layernorm_epsilon=float(config.get("layernorm_epsilon", 1e-5)),
+            layernorm_epsilon=float(config["layernorm_epsilon"]),
             activation="gelu_tanh" if config.get("openai_gelu") else activation,
             gated=gated,
             linear_bias=bias,
-            qkv_bias=bool(config.get("qkv_bias", False)) and not bias,
-            tied_embeddings=bool(config.get("share_embeddings_and_output_weights", True)),
-            position_embedding=position,
-            rotary_base=float(config.get("rotary_base") or 10000.0),
-            rotary_percent=float(config.get("rotary_percentage", 1.0)),
+            qkv_bias=bool(config["qkv_bias"]) and not bias,
+            tied_embeddings=bool(config["share_embeddings_and_output_weights"]),
+            position_embedding=_known(config, "position_embedding_type", POSITION_EMBEDDINGS),
+            rotary_base=float(config["rotary_base"]),
+            rotary_percent=float(config["rotary_percentage"]),
             rotary_interleaved=bool(config.get("rotary_interleaved")),
             rope_interpolation=config.get("seq_len_interpolation_factor"),
             rope_scaling=RopeScaling.parse(scaling) if scaling else None,
-            hidden_dropout=float(config.get("hidden_dropout", 0.0)),
-            attention_dropout=float(config.get("attention_dropout", 0.0)),
+            window=_window(config.get("window_size")),
+            qk_norm=bool(config.get("qk_layernorm")),
+            scaled_embedding=bool(config.get("apply_embedding_scaling")),
+            parallel_residual=config.get("name") == PARALLEL_RESIDUAL,
+            hidden_dropout=float(config["hidden_dropout"]),
+            attention_dropout=float(config["attention_dropout"]),
         )
 
     @property
@@ -201,7 +255,32 @@ class Architecture:
 def stated_vocab_size(config: Mapping[str, Any]) -> int | None:
     """Number of tokens that a `model_config.yaml` states; None where, as in NeMo's own, the tokenizer decides."""
     size = config.get("vocab_size") or config.get("override_vocab_size")
-    return int(size) if size else None
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Refuse what is no number, or below zero, where the sizes of tensors come from."""
+    for key in (*WHOLE_NUMBERS, *REAL_NUMBERS):
+        value, kinds = config.get(key), (int,) if key in WHOLE_NUMBERS else (int, float)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or not value >= 0):
+            raise ArchitectureError(f"model_config.yaml: {key}={value!r} is no number of 0 or more")
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `model_config.yaml` that has the sizes and perhaps nulls, with what is missing as NeMo takes it."""
+    given = {**DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
+    given.setdefault("max_position_embeddings", given.get("encoder_seq_length"))
+    return {**{key: formula(given) for key, formula in DERIVED.items() if key not in given}, **given}
+
+
+def _window(size: Any) -> int | None:
+    """NeMo's `window_size`, how many tokens before and after its own a token sees (-1 is all) → those before."""
+    match size:
+        case None | [-1, -1] | [-1, 0]:
+            return None
+        case [int(before), 0] if before >= 0:
+            return before
+    raise ArchitectureError(f"model_config.yaml: window_size={size!r} is not supported; known: [-1, 0] and [n, 0]")
 
 
 def _refuse_other_models(config: Mapping[str, Any]) -> None:
@@ -209,11 +288,13 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
         value = config.get(key)
         if value is not None and value not in known:
             texts = ", ".join(map(str, known)) or "null"
-            raise ArchitectureError(f"model_config.yaml: {key}={value!r} is not supported; known: {texts}")
+            raise ArchitectureError(
+                f"model_config.yaml: {key}={value!r} is not supported; known: {texts}{REMEDIES.get(key, '')}"
+            )
 
 
-def _known(config: Mapping[str, Any], key: str, known: Any, default: str) -> str:
-    value = config.get(key, default)
+def _known(config: Mapping[str, Any], key: str, known: Any) -> str:
+    value = config[key]
     if value not in known:
         raise ArchitectureError(f"model_config.yaml: {key}={value!r} is not supported; known: {', '.join(known)}")
     return str(value)

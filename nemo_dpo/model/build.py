@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from torch import nn
 from nemo_dpo.lora.linear import LoraColumnParallelLinear, LoraRowParallelLinear
 from nemo_dpo.model.architecture import Architecture
 from nemo_dpo.model.gpt import ResponseGPT
-from nemo_dpo.model.layers import CausalAttention, Norm
+from nemo_dpo.model.layers import CausalAttention, Norm, ParallelResidualLayer
 from nemo_dpo.parallel.groups import Groups
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ def transformer_config(arch: Architecture, groups: Groups, options: BuildOptions
         add_bias_linear=arch.linear_bias,
         add_qkv_bias=arch.qkv_bias,
         rotary_interleaved=arch.rotary_interleaved,
+        window_size=None if arch.window is None else (arch.window, 0),
+        qk_layernorm=arch.qk_norm,
         hidden_dropout=arch.hidden_dropout if options.hidden_dropout is None else options.hidden_dropout,
         attention_dropout=arch.attention_dropout if options.attention_dropout is None else options.attention_dropout,
         tensor_model_parallel_size=layout.tp,
@@ -127,19 +130,32 @@ def layer_specs(
     arch: Architecture, config: TransformerConfig, options: BuildOptions, vp_stage: int | None
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Transformer Engine's layers, or megatron-core's local ones with the parts of `model.layers` and `lora.linear`."""
-    if options.transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec()
+    fused = options.transformer_engine
+    if fused:
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+    else:
+        layer = _local_layer(arch, hollow=options.hollow)
+    if arch.parallel_residual:
+        layer.module = ParallelResidualLayer
+    if fused:
+        return layer
+    count = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm)
+
+
+def _local_layer(arch: Architecture, *, hollow: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(normalization=arch.normalization)
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     attention.core_attention = CausalAttention
-    column = ModuleSpec(LoraColumnParallelLinear, params={"hollow": options.hollow})
-    row = ModuleSpec(LoraRowParallelLinear, params={"hollow": options.hollow})
+    column = ModuleSpec(LoraColumnParallelLinear, params={"hollow": hollow})
+    row = ModuleSpec(LoraRowParallelLinear, params={"hollow": hollow})
     attention.linear_qkv, attention.linear_proj = column, row
+    if arch.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = Norm
     mlp.linear_fc1, mlp.linear_fc2 = column, row
-    count = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm)
+    return layer
 
 
 def build_model(
@@ -179,6 +195,7 @@ def _build_chunk(
     )
     chunk.real_vocab_size = arch.vocab_size
     chunk.logps_chunk = options.logps_chunk
+    chunk.embedding_scale = math.sqrt(arch.hidden_size) if arch.scaled_embedding else None
     _mark_partitioned(chunk)
     return chunk._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(groups.device))
 

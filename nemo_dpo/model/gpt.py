@@ -33,6 +33,7 @@ class ResponseGPT(GPTModel):
 
     real_vocab_size: int
     logps_chunk: int
+    embedding_scale: float | None = None
     frozen_base = False
 
     def freeze_base(self) -> None:
@@ -73,6 +74,13 @@ class ResponseGPT(GPTModel):
     def logits(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """[rows, S] → [rows, S, padded vocabulary / tp], by megatron-core's own forward."""
         return super().forward(tokens, position_ids, None)
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """megatron-core's, with the embedding scaled by a number that, as in Gemma, is rounded to the model's dtype."""
+        start, *rest = super()._preprocess(*args, **kwargs)
+        if start is not None and self.embedding_scale is not None:
+            start = start * torch.tensor(self.embedding_scale, dtype=start.dtype)
+        return start, *rest
 
     def _decode(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
         start, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=position_ids)

@@ -1,17 +1,19 @@
-"""The two parts of a transformer layer that megatron-core lacks where Transformer Engine is absent.
+"""What megatron-core lacks: two parts of a transformer layer where Transformer Engine is absent, and GPT-NeoX's layer.
 
-Its torch norms refuse sequence parallelism and its attention builds the [heads, S, S] matrix of scores; these two do
-neither. With Transformer Engine installed neither is used.
+megatron-core's torch norms refuse sequence parallelism and its attention builds the [heads, S, S] matrix of scores;
+`Norm` and `CausalAttention` do neither. With Transformer Engine installed neither is used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from nemo_dpo.parallel.groups import drawing_apart
@@ -51,7 +53,8 @@ class Norm(nn.Module):
 class CausalAttention(nn.Module):
     """Causal scaled dot-product attention by torch's own kernels, for megatron-core's `core_attention` slot.
 
-    Rows are padded on the right only, so causality alone keeps padding out of every real position: no mask exists.
+    Rows are padded on the right only, so causality alone keeps padding out of every real position: no mask is given.
+    With a sliding window (`config.window_size`) a row longer than the window makes one of its own, [S, S].
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.sequence_parallel = config.sequence_parallel
+        self.window = config.window_size[0] if config.window_size else None
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object) -> Tensor:
@@ -75,9 +79,27 @@ class CausalAttention(nn.Module):
             raise ValueError("CausalAttention takes no mask: rows are right-padded and attention is causal")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
+        seen = self._seen(q)
         # Each tp rank has heads of its own.
         with drawing_apart(self.sequence_parallel) if dropout else contextlib.nullcontext():
             out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.scale, enable_gqa=True, dropout_p=dropout
+                q, k, v, seen, is_causal=seen is None, scale=self.scale, enable_gqa=True, dropout_p=dropout
             )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _seen(self, query: Tensor) -> Tensor | None:
+        """[S, S] whether a position sees another, with a window shorter than the rows [B, heads, S, channels]."""
+        length = query.shape[2]
+        if self.window is None or length <= self.window + 1:
+            return None
+        return torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(-self.window)
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """GPT-NeoX's layer: x + attention(norm₁ x) + MLP(norm₂ x), where megatron-core's MLP reads attention's sum."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As megatron-core's layer."""
+        attended, context = self._forward_attention(hidden_states, *args, **kwargs)
+        mlp_output_with_bias = self.mlp(self._forward_pre_mlp_layernorm(hidden_states))
+        return self._forward_post_mlp(mlp_output_with_bias, attended), context

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from nemo_dpo.config import ConfigError
+from nemo_dpo.parallel.collective import agree
 from nemo_dpo.quantization.nf4 import Nf4Weight
 
 logger = logging.getLogger(__name__)
@@ -82,22 +84,22 @@ class Nf4Linear(nn.Module):
 
 
 def quantize_(modules: Iterable[nn.Module]) -> tuple[int, int]:
-    """Pack every `Nf4Linear` in `modules`, one after the other; call it before an optimizer is built.
+    """Pack every `Nf4Linear` in `modules`, one after the other; call it before an optimizer is built. Collective.
 
     Args:
-        modules: with their weights; taken one by one, so that a generator may load each when it is asked for.
+        modules: with their weights, as many on every rank; taken one by one, so that a generator may load each when it
+            is asked for.
 
     Returns:
         Parameters packed, and the bytes that they take.
 
     Raises:
         ConfigError: there is none.
+        UnpackableError: on any rank, a weight holds what four bits cannot.
     """
     packed: list[Nf4Weight] = []
     for module in modules:
-        for linear in module.modules():
-            if isinstance(linear, Nf4Linear):
-                packed.append(linear.quantize_())
+        packed += agree(partial(_pack, module))
     if not packed:
         raise ConfigError(
             "no layer of this model can be quantized: set model.transformer_engine=false, "
@@ -106,3 +108,7 @@ def quantize_(modules: Iterable[nn.Module]) -> tuple[int, int]:
     parameters, size = sum(weight.shape.numel() for weight in packed), sum(weight.nbytes for weight in packed)
     logger.info("NF4: %d layers, %.1f M parameters, %.3f bytes each", len(packed), parameters / 1e6, size / parameters)
     return parameters, size
+
+
+def _pack(module: nn.Module) -> list[Nf4Weight]:
+    return [linear.quantize_() for linear in module.modules() if isinstance(linear, Nf4Linear)]

@@ -46,6 +46,10 @@ def _absmax_levels(device: torch.device) -> Tensor:
     return bitsandbytes_functional().create_dynamic_map().to(device)
 
 
+class UnpackableError(ValueError):
+    """A weight holds what four bits cannot."""
+
+
 class Nf4Weight(nn.Module):
     """A packed matrix. All its buffers are bytes, so that a cast of the module that holds it cannot change them.
 
@@ -66,14 +70,15 @@ class Nf4Weight(nn.Module):
 
         Raises:
             ConfigError: bitsandbytes is missing.
-            ValueError: the dtype is another one, or the sum of the blocks' absmax is not finite.
+            ValueError: the dtype is another one.
+            UnpackableError: the sum of the blocks' absmax is not finite.
         """
         super().__init__()
         packed, state = bitsandbytes_functional().quantize_4bit(
             weight.detach(), blocksize=BLOCK, quant_type="nf4", compress_statistics=True
         )
         if not state.offset.isfinite():
-            raise ValueError(
+            raise UnpackableError(
                 f"a weight of shape {list(weight.shape)} cannot be quantized: it holds an infinity, a NaN or values "
                 "that float32 cannot add up; the checkpoint is damaged"
             )

@@ -11,7 +11,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -95,6 +97,18 @@ def open_table(folder: Path, header: Header) -> Rows:
     return np.memmap(path, dtype=ROW, mode="r")
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the system refuses inside becomes a SaveError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(
+            f"{path}: cannot be written ({error.strerror}); free or mend it and start again, which goes on from the "
+            "rows that are there, or set another model.dpo.reference.cache_dir"
+        ) from error
+
+
 class TableWriter:
     """Writes the rows of `folder` in order, from wherever an earlier run stopped. One process does it at a time."""
 
@@ -107,25 +121,35 @@ class TableWriter:
     def begin(self) -> int:
         """Start a new table or go on with an unfinished one; returns how many rows are done.
 
+        All are if another run has finished the table since this one looked for it.
+
         Raises:
             CheckpointError: what is unfinished there is of something else, or another run is filling it.
+            SaveError: it cannot be written.
         """
-        self._unfinished.mkdir(parents=True, exist_ok=True)
-        self._file = (self._unfinished / ROWS).open("ab")
+        with _writing(self._unfinished):
+            self._unfinished.mkdir(parents=True, exist_ok=True)
+            self._file = (self._unfinished / ROWS).open("ab")
+            self._lock(self._file)
+            if self._folder.is_dir():
+                shutil.rmtree(self._unfinished, ignore_errors=True)  # if there is one, it was made three lines above
+                return self._header.pairs
+            if (self._unfinished / HEADER).exists():
+                self._header.check(self._unfinished)
+            else:
+                self._write_header()
+            done = self._file.seek(0, os.SEEK_END) // ROW.itemsize
+            self._file.truncate(done * ROW.itemsize)  # a kill may have cut a row in two
+        return done
+
+    def _lock(self, file: IO[bytes]) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise CheckpointError(
                 f"{self._unfinished}: another run is filling it; wait for its end, or set another "
                 "model.dpo.reference.cache_dir"
             ) from error
-        if (self._unfinished / HEADER).exists():
-            self._header.check(self._unfinished)
-        else:
-            self._write_header()
-        done = self._file.tell() // ROW.itemsize
-        self._file.truncate(done * ROW.itemsize)  # a kill may have cut a row in two
-        return done
 
     def append(self, rows: Rows) -> None:
         """Add rows behind those that are there; they are on the disk afterwards.
@@ -134,19 +158,21 @@ class TableWriter:
             SaveError: they are not; a next start goes on from the rows before.
         """
         assert self._file is not None
-        try:
+        with _writing(self._unfinished / ROWS):
             self._file.write(rows.tobytes())
             self._sync(self._file)
-        except OSError as error:
-            raise SaveError(
-                f"{self._unfinished / ROWS}: cannot be written ({error.strerror}); a new start goes on from the rows "
-                "that are there"
-            ) from error
 
     def finish(self) -> None:
-        """Give the table its name: all rows are there."""
-        os.replace(self._unfinished, self._folder)
-        sync_folder(self._folder.parent)
+        """Give the table its name, unless another run has: all rows are there.
+
+        Raises:
+            SaveError: it cannot be renamed.
+        """
+        if self._folder.is_dir():
+            return
+        with _writing(self._folder):
+            os.replace(self._unfinished, self._folder)
+            sync_folder(self._folder.parent)
 
     def close(self) -> None:
         """Let other processes write."""

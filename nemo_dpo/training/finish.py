@@ -6,13 +6,16 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from nemo_dpo.checkpoint import archive, sharded
 from nemo_dpo.config import Config
 from nemo_dpo.convert import nemo_to_hf
-from nemo_dpo.convert.adapter_peft import nemo_to_peft
+from nemo_dpo.convert.adapter_peft import Names, check_exportable, nemo_to_peft
+from nemo_dpo.convert.families import family_of_nemo
+from nemo_dpo.lora.spec import LoraSpec
 from nemo_dpo.parallel.collective import on_rank_zero
 from nemo_dpo.parallel.engine import Engine
 from nemo_dpo.training import run_log
@@ -43,6 +46,24 @@ def finish(
             on_rank_zero(lambda: _export_hf(path, is_adapter=cfg.model.peft.lora))
     if cfg.exp_manager.plot_on_train_end:
         on_rank_zero(lambda: plot_metrics(log_dir / run_log.METRICS_FILE, log_dir / "metrics.png"))
+
+
+def check_export(cfg: Config, model_config: dict[str, Any], adapter: LoraSpec | None = None) -> None:
+    """Refuse at the start a Hugging Face folder that could not be written at the end.
+
+    Args:
+        model_config: of the base.
+        adapter: the one that is trained, once it is known.
+
+    Raises:
+        CheckpointError: no family of Hugging Face's computes what the base does, or PEFT has no place for the adapter.
+    """
+    if not cfg.exp_manager.hf_export_on_train_end:
+        return
+    if adapter:
+        check_exportable(adapter, Names(model_config))
+    else:
+        family_of_nemo(model_config)
 
 
 def nemo_path(cfg: Config, log_dir: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nemo_dpo.checkpoint import archive, sharded
+from nemo_dpo.checkpoint import CheckpointError, archive, sharded
 from nemo_dpo.config import Config, ConfigError
 from nemo_dpo.model.architecture import Architecture
 from nemo_dpo.model.build import BuildOptions, build_model, has_transformer_engine
@@ -17,6 +17,7 @@ from nemo_dpo.model.gpt import ResponseGPT
 from nemo_dpo.parallel.engine import Engine, Evaluator, weights_swapped
 from nemo_dpo.parallel.groups import Groups
 from nemo_dpo.quantization.linear import quantize_
+from nemo_dpo.quantization.nf4 import UnpackableError
 from nemo_dpo.training.adapters import Adapted, adapt
 
 logger = logging.getLogger(__name__)
@@ -69,10 +70,13 @@ def _load_adapted(
 ) -> tuple[Adapted, Exact]:
     """Fill the chunks, in 4 bits if the run says so, and attach its adapters."""
     if cfg.model.peft.base_quantization:
-        quantize_(sharded.load_by_layer(folder / archive.MODEL_WEIGHTS, chunks, groups.device))
+        try:
+            quantize_(sharded.load_by_layer(folder / archive.MODEL_WEIGHTS, chunks, groups.device))
+        except UnpackableError as error:
+            raise CheckpointError(f"{cfg.pretrained_checkpoint.restore_from_path}: {error}") from error
     else:
         sharded.load_weights(folder / archive.MODEL_WEIGHTS, chunks)
-    return adapt(chunks, cfg.model.peft, arch.dimensions, weights, cfg.model.seed)
+    return adapt(chunks, cfg.model.peft, arch.dimensions, weights, cfg.model.seed, groups.layout)
 
 
 def _load_exact(weights: Path, chunks: list[ResponseGPT]) -> Exact:

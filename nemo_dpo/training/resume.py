@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,8 +29,10 @@ def checkpoint_to_resume(manager: ExpManagerConfig, folder: Path) -> Path | None
     """
     for left in sharded.remove_unfinished(folder):
         logger.warning("removed %s, left by an interrupted save", left)
-    for half in folder.glob(".*.nemo.*.tmp"):  # archive.write_archive's name
-        half.unlink()
+    for suffix in (".nemo", "_hf", "_peft"):
+        # Names of archive.write_archive and of convert.run.temporary_folder.
+        for left in folder.glob(f".{glob.escape(manager.name)}{suffix}.*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     if manager.resume_from_checkpoint is not None:
         found = [Path(manager.resume_from_checkpoint).absolute()]
         sharded.read_progress(found[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from nemo_dpo.checkpoint import CheckpointError, archive
 from tests.support.disk import full_disk
 
 CONFIG = {"num_layers": 2, "layernorm_epsilon": 1e-5, "name": "тест"}
-Member = tuple[str, bytes]
 
 
 @pytest.fixture
@@ -36,26 +34,6 @@ def folder(tmp_path: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def tar_of(path: Path, *members: tarfile.TarInfo | Member, mode: str = "w") -> Path:
-    """A tar with the given members in front of a complete .nemo."""
-    whole: list[tarfile.TarInfo | Member] = [*members, ("./model_config.yaml", b"a: 1"), ("./model_weights/x", b"x")]
-    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
-        for member in whole:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-            else:
-                info = tarfile.TarInfo(member[0])
-                info.size = len(member[1])
-                tar.addfile(info, io.BytesIO(member[1]))
-    return path
-
-
-def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
 
 
 def test_round_trip_with_nemos_names(folder: Path, tmp_path: Path) -> None:
@@ -113,54 +91,6 @@ def test_interpolations_of_nemos_templates_are_resolved(folder: Path) -> None:
         archive.read_model_config(folder)
 
 
-HOSTILE: dict[str, tuple[tarfile.TarInfo | Member, str]] = {
-    "climbing": (("../evil", b"x"), "outside"),
-    "climbing_inside": (("./model_weights/../../evil", b"x"), "outside"),
-    "absolute": (("/tmp/evil", b"x"), "outside"),
-    "backslash": (("..\\evil", b"x"), "outside"),
-    "symlink": (special("./link", tarfile.SYMTYPE, "/etc/passwd"), "link"),
-    "symlinked_folder": (special("./model_weights", tarfile.SYMTYPE, "/tmp"), "link"),
-    "hardlink": (special("./link", tarfile.LNKTYPE, "/etc/passwd"), "link"),
-    "device": (special("./null", tarfile.CHRTYPE), "device"),
-    "sparse": (special("./sparse", tarfile.GNUTYPE_SPARSE), "sparse"),
-    "fifo": (special("./pipe", tarfile.FIFOTYPE), "device"),
-    "twice": (("./model_weights/x", b"other"), "twice"),
-    "file_in_place_of_a_folder": (("./model_weights", b"x"), "cannot be unpacked"),
-}
-
-
-@pytest.mark.parametrize(("member", "match"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_members_are_refused_and_write_nothing_outside(
-    tmp_path: Path, member: tarfile.TarInfo | Member, match: str
-) -> None:
-    path = tar_of(tmp_path / "evil.nemo", member)
-    target = tmp_path / "deep" / "target"
-    with pytest.raises(CheckpointError, match=match) as caught:
-        archive.extract(path, target)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "evil").exists() and not (tmp_path / "deep" / "evil").exists()
-    assert not any(entry.is_symlink() for entry in target.rglob("*"))
-
-
-def test_a_file_larger_than_the_disk_is_refused_before_it_is_written(tmp_path: Path) -> None:
-    info = tarfile.TarInfo("./model_weights/huge")
-    info.size = 2**60
-    (tmp_path / "bomb.nemo").write_bytes(info.tobuf() + bytes(1024))
-    with pytest.raises(CheckpointError, match="more data than free disk space"):
-        archive.extract(tmp_path / "bomb.nemo", tmp_path / "target")
-    assert list((tmp_path / "target").iterdir()) == []
-
-
-def test_a_config_too_large_to_be_one_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "big.nemo"
-    with tarfile.open(path, "w") as tar:
-        info = tarfile.TarInfo("./model_config.yaml")
-        info.size = archive.MAX_CONFIG_BYTES + 1
-        tar.addfile(info, io.BytesIO(bytes(info.size)))
-    with pytest.raises(CheckpointError, match="limit"):
-        archive.read_model_config(path)
-
-
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_truncation_is_noticed_wherever_it_falls(folder: Path, tmp_path: Path, mode: str) -> None:
     path, cut = tmp_path / "model.nemo", tmp_path / "cut.nemo"
@@ -176,23 +106,13 @@ def test_truncation_is_noticed_wherever_it_falls(folder: Path, tmp_path: Path, m
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("flip", [600, 3000, 50_000])
-def test_a_damaged_gzip_is_one_line(folder: Path, tmp_path: Path, flip: int) -> None:
-    path = tmp_path / "model.nemo"
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(folder, arcname=".")
-    data = bytearray(path.read_bytes())
-    data[flip] ^= 0xFF
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError) as caught:
-        archive.extract(path, tmp_path / "target")
-    assert "\n" not in str(caught.value)
-
-
 INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no_config": (lambda f: (f / "model_config.yaml").unlink(), "holds no model_config.yaml"),
     "no_weights": (lambda f: (f / "model_weights").rename(f / "weights"), "holds no model_weights"),
-    "legacy_file": (lambda f: (f / "model_weights").rename(f / "model_weights.ckpt"), "older layout"),
+    "legacy_file": (
+        lambda f: (f / "model_weights").rename(f / "model_weights.ckpt"),
+        r"older layout \(model_weights\.ckpt\); convert it with tools/convert/convert_gpt",
+    ),
     "legacy_ranks": (lambda f: (f / "model_weights").rename(f / "tp_rank_00_pp_rank_000"), "older layout"),
 }
 
@@ -206,14 +126,6 @@ def test_missing_parts_are_named(folder: Path, tmp_path: Path, damage: Callable[
         tar.add(folder, arcname=".")
     with pytest.raises(CheckpointError, match=match), archive.open_folder(tmp_path / "model.nemo", tmp_path):
         pass
-
-
-@pytest.mark.parametrize("config", [b"{", b"- a list", b"\xff\xfe\x00", b"a: !!python/object/apply:os.system [true]"])
-def test_configs_that_are_none(tmp_path: Path, config: bytes) -> None:
-    (tmp_path / "model_config.yaml").write_bytes(config)
-    with pytest.raises(CheckpointError, match=r"model_config\.yaml") as caught:
-        archive.read_model_config(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_paths_that_are_no_archives(tmp_path: Path) -> None:

@@ -88,80 +88,10 @@ def test_incomplete_and_uneven_stacks_are_refused(tmp_path: Path, chunks: list[C
         write_weights(tmp_path / "w", chunks)
 
 
-class Evil:
-    """Runs a command when it is unpickled without restraint."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.mark,))
-
-
 def edit(folder: Path, change: Callable[[Any], object]) -> None:
     metadata = check_metadata_pickle(folder)
     change(metadata)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-def test_a_pickle_that_runs_code_is_refused_and_does_not_run(folder: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "executed"
-    (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
-    with pytest.raises(CheckpointError, match="not trusted"):
-        check_metadata_pickle(folder)
-    assert not mark.exists()
-    pickle.loads((folder / ".metadata").read_bytes())
-    assert mark.exists()  # the trap itself works
-
-
-@pytest.mark.parametrize(
-    "payload",
-    [
-        b"cos\nsystem\n(S'true'\ntR.",
-        b"cbuiltins\neval\n(S'1'\ntR.",
-        b"ctorch\nload\n(S'x'\ntR.",
-        b"ctorch.serialization\nload\n(S'x'\ntR.",
-        b"ctorch.distributed.checkpoint.metadata\nos.system\n(S'true'\ntR.",
-        b"cpathlib\nos.system\n(S'true'\ntR.",
-    ],
-)
-def test_globals_off_the_list_are_refused(folder: Path, payload: bytes) -> None:
-    (folder / ".metadata").write_bytes(payload)
-    with pytest.raises(CheckpointError, match="not trusted"):
-        check_metadata_pickle(folder)
-
-
-@pytest.mark.parametrize("raw", [b"", b"\x80", b"garbage", pickle.dumps({}), pickle.dumps(Metadata({}))[:-5]])
-def test_an_index_that_is_damaged_or_none(folder: Path, raw: bytes) -> None:
-    (folder / ".metadata").write_bytes(raw)
-    with pytest.raises(CheckpointError) as caught:
-        check_metadata_pickle(folder)
-    assert "\n" not in str(caught.value)
-
-
-def rename_data_file(metadata: Any, name: str) -> None:
-    for info in metadata.storage_data.values():
-        info.relative_path = name
-
-
-HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
-    "climbing": (lambda m: rename_data_file(m, "../secret"), "outside the folder"),
-    "absolute": (lambda m: rename_data_file(m, "/etc/passwd"), "outside the folder"),
-    "missing": (lambda m: rename_data_file(m, "__9_0.distcp"), "missing"),
-    "beyond_the_end": (lambda m: setattr(next(iter(m.storage_data.values())), "length", 10**9), "truncated"),
-    "negative": (lambda m: setattr(next(iter(m.storage_data.values())), "offset", -5), "truncated"),
-    "no_numbers": (lambda m: setattr(next(iter(m.storage_data.values())), "offset", "x"), "is damaged"),
-    "no_entries": (lambda m: m.storage_data.update({"x": "y"}), "is damaged"),
-    "enormous": (lambda m: setattr(m.state_dict_metadata["model.whole"], "size", torch.Size([10**15])), "claims"),
-}
-
-
-@pytest.mark.parametrize(("change", "match"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_an_index_that_points_elsewhere(folder: Path, change: Callable[[Any], object], match: str) -> None:
-    (folder.parent / "secret").write_bytes(b"s" * 10_000)
-    edit(folder, change)
-    with pytest.raises(CheckpointError, match=match):
-        read_weights(folder)
 
 
 def test_an_index_that_lies_about_a_tensor(folder: Path) -> None:
@@ -176,18 +106,7 @@ def test_a_chunk_that_the_index_forgot(folder: Path) -> None:
         read_weights(folder)["model.stacked"]
 
 
-def test_damaged_data_is_one_line(folder: Path) -> None:
-    data = folder / "__0_0.distcp"
-    data.write_bytes(bytes(data.stat().st_size))
-    with pytest.raises(CheckpointError, match="is damaged") as caught:
-        read_weights(folder)["model.whole"]
-    assert "\n" not in str(caught.value)
-
-
-def test_other_formats_are_named(folder: Path) -> None:
+def test_a_checkpoint_of_another_kind_names_the_remedy_where_only_torch_dist_will_do(folder: Path) -> None:
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
-    with pytest.raises(CheckpointError, match="kind 'zarr'"):
-        read_weights(folder)
-    (folder / "metadata.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no metadata\.json"):
-        read_weights(folder)
+    with pytest.raises(CheckpointError, match=r"kind 'zarr' .*convert_gpt_nemo_to_mcore\.py"):
+        check_metadata_pickle(folder)

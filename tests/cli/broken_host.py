@@ -63,6 +63,11 @@ def kill_while_packing() -> None:
     tarfile.TarFile.add = _at_call(3, tarfile.TarFile.add, _die)  # type: ignore[method-assign]
 
 
+def kill_while_packing_an_adapter() -> None:
+    """As above; it consists of two files."""
+    tarfile.TarFile.add = _at_call(2, tarfile.TarFile.add, _die)  # type: ignore[method-assign]
+
+
 def fill_disk_while_saving() -> None:
     """The second checkpoint finds no room for its last bytes."""
     sharded.dist_checkpointing.save = _at_call(2, sharded.dist_checkpointing.save, _full)

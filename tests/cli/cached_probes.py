@@ -88,7 +88,7 @@ def slow_passes() -> None:
 
 
 def weigh_tensors() -> None:
-    """Leave tensors.json: bytes of all live tensors at the start of the second step, and of the parameters."""
+    """Leave tensors.json: bytes of all live tensors at the start of the second step, of parameters, of trained ones."""
     import torch
 
     from nemo_dpo.training.module import PreferenceModule
@@ -98,7 +98,11 @@ def weigh_tensors() -> None:
             tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
             storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
             parameters = [p for chunk in module.engine.chunks for p in chunk.parameters()]
-            facts = {"live": sum(storages.values()), "parameters": sum(p.nbytes for p in parameters)}
+            facts = {
+                "live": sum(storages.values()),
+                "parameters": sum(p.nbytes for p in parameters),
+                "trained": sum(p.nbytes for p in parameters if p.requires_grad),
+            }
             (log_dir() / "tensors.json").write_text(json.dumps(facts))
         train(module, batch, number)
 

@@ -8,14 +8,16 @@ import math
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_dpo.checkpoint import sharded
 from tests.cli.launch_support import QUICK, Inputs, data, error_line, losses, make_inputs
 from tests.support.cli import Run, run_cli
+from tests.support.layouts import write_one_file, write_zarr
 
 PATCHES = "tests.cli.broken_host"
 PAIR = {"prompt": "Say it: ", "chosen_response": "yes.", "rejected_response": "no."}
@@ -135,6 +137,14 @@ def test_results_that_cannot_be_written(inputs: Inputs, tmp_path: Path) -> None:
     refused(arguments, tmp_path, f"the results folder {place} cannot be made", "set exp_manager.explicit_log_dir")
 
 
+@pytest.mark.parametrize("name", ["file", "file/cache"])
+def test_log_probs_that_cannot_be_written(inputs: Inputs, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    place = tmp_path / name
+    arguments = [*inputs.arguments, "model.dpo.reference.kind=cached", f"model.dpo.reference.cache_dir={place}"]
+    refused(arguments, tmp_path, f"the folder of log-probs {place} cannot be made", "set model.dpo.reference.cache_dir")
+
+
 def test_wandb_offline_needs_no_account(inputs: Inputs, tmp_path: Path) -> None:
     options = ["exp_manager.create_wandb_logger=true", "++exp_manager.wandb_logger_kwargs.offline=true"]
     run = run_cli(
@@ -206,6 +216,22 @@ def test_a_checkpoint_whose_config_does_not_fit(
     config = yaml.safe_load((folder / "model_config.yaml").read_text())
     (folder / "model_config.yaml").write_text(yaml.safe_dump({**config, key: value}))
     refused(with_checkpoint(inputs, folder), tmp_path, message)
+
+
+@pytest.mark.parametrize("layout", [write_one_file, write_zarr])
+def test_a_checkpoint_of_an_older_layout_names_its_converter(
+    inputs: Inputs, tmp_path: Path, layout: Callable[[Path, Mapping[str, Any]], None]
+) -> None:
+    from nemo_dpo.checkpoint import archive
+    from nemo_dpo.checkpoint.weights import read_weights
+
+    folder = tmp_path / "extracted"
+    archive.extract(inputs.nemo, folder)
+    tensors = dict(read_weights(folder / "model_weights"))
+    shutil.rmtree(folder / "model_weights")
+    layout(folder / "model_weights" if layout is write_zarr else folder, tensors)
+    run = refused(with_checkpoint(inputs, folder), tmp_path, "tools/convert/convert_gpt_nemo_to_mcore.py")
+    assert "shared prompts" not in run.output  # of the report on the data
 
 
 # --- data ----------------------------------------------------------------------------------------------------------

@@ -287,12 +287,29 @@ def test_a_resume_reads_or_computes_the_log_probs_of_the_start(setting: Setting,
         assert read_passes(resumed.log_dir) == passes
 
 
-def test_the_tool_fills_the_cache_and_ends(setting: Setting, filled: Callable[[str], Path], tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "tools/data/cache_reference.py", *setting.arguments, "trainer.devices=2"]
+# The adapter does not start at zero: its log-probs, which `frozen` keeps, are not those of the default kind.
+OWN_YAML = """
+defaults: [gpt_dpo_schema]
+model:
+  peft: {peft_scheme: lora, lora_tuning: {row_init_method: normal}}
+  dpo: {reference: {kind: frozen, cache_dir: %s}}
+"""
+
+
+def test_the_tool_fills_the_cache_and_ends(setting: Setting, tmp_path: Path) -> None:
+    """Of the kind that the training's own yaml names."""
+    (tmp_path / "own.yaml").write_text(OWN_YAML % (tmp_path / "cache"))
+    words = [f"--config-path={tmp_path}", "--config-name=own", *setting.arguments]
+    command = [sys.executable, ROOT / "tools/data/cache_reference.py", *words, "trainer.devices=2"]
     results = f"exp_manager.explicit_log_dir={tmp_path / 'run'}"
     done = ended(start([*command, results], tmp_path))
     assert done.status == 0, done.output
     assert "reference log-probs of train: 100%" in done.output
     assert not (tmp_path / "run/metrics.jsonl").exists()
-    expected, found = tables(filled("DP 2")), tables(tmp_path / "run/reference_cache")
-    assert all(np.array_equal(found[split], expected[split]) for split in PAIRS)
+    effective = yaml.safe_load((tmp_path / "run/run/config.yaml").read_text())
+    assert effective["model"]["dpo"]["reference"]["kind"] == "cached:frozen"
+    assert tables(tmp_path / "cache").keys() == PAIRS.keys()
+    used = train(setting, tmp_path / "used", *words, "model.dpo.reference.kind=cached:frozen")
+    assert read_passes(used.log_dir) == []
+    # The pairs' log-probs were computed on other ranks, in other micro-batches, as fp32.
+    assert used.rows("train")[0]["rewards_all_std"] <= 1e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,8 +271,11 @@ def test_an_adapter_goes_on_in_another_layout(inputs: Inputs, stopped: Run, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("model.peft.lora_tuning.adapter_dim=4", "cannot resume: the adapter's rank was 8"),
-        ("model.peft.lora_tuning.target_modules=[mlp]", "cannot resume: the adapter's linears was"),
+        ("model.peft.lora_tuning.adapter_dim=4", "cannot resume: the adapter's adapter_dim was 8"),
+        (
+            "model.peft.lora_tuning.target_modules=[mlp]",
+            "cannot resume: the adapter's target_modules was ['attention_qkv', ",
+        ),
         ("model.peft.lora_tuning.variant=canonical", "cannot resume: the adapter's variant was nemo"),
         ("model.peft.base_quantization=nf4", "cannot resume: the base's quantization was none"),
     ],
@@ -284,19 +288,35 @@ def test_another_adapter_does_not_resume(
     assert "Traceback" not in run.output
 
 
-def other_base(inputs: Inputs, folder: Path) -> Path:
-    """The model with one number changed."""
+def test_killed_while_its_adapter_is_written_a_run_starts_clean(inputs: Inputs, tmp_path: Path) -> None:
+    """What the kill left beside the adapter is gone after the next start, and what is none of ours is not."""
+    words, checkpoints = [*LORA, "model.optim.lr=0.001", "trainer.dpo.max_steps=1"], tmp_path / "checkpoints"
+    killed = lora_run(
+        inputs, tmp_path, *words, check=False, patches=["tests.cli.broken_host:kill_while_packing_an_adapter"]
+    )
+    assert killed.status == -signal.SIGKILL, killed.output
+    assert list(checkpoints.glob(".megatron_gpt.nemo.*/content"))
+    (checkpoints / ".megatron_gpt_peft.0a1b2c3d" / "content").mkdir(parents=True)  # of the export as PEFT's folder
+    (checkpoints / ".keep").touch()
+    lora_run(inputs, tmp_path, *words)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [".keep", "megatron_gpt.nemo"]
+
+
+def base_with(inputs: Inputs, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """The model extracted to `folder`, its weights changed in place."""
     with archive.open_folder(inputs.nemo) as base:
-        shutil.copytree(base, folder)
+        shutil.copytree(base, folder, dirs_exist_ok=True)
     weights = dict(read_weights(folder / archive.MODEL_WEIGHTS))
-    weights["model.decoder.final_layernorm.weight"][3] += 1
+    change(weights)
     shutil.rmtree(folder / archive.MODEL_WEIGHTS)
     write_weights(folder / archive.MODEL_WEIGHTS, (Chunk(name, tensor) for name, tensor in weights.items()))
     return folder
 
 
 def test_an_adapter_of_another_base_is_refused(inputs: Inputs, sft: Path, stopped: Run, tmp_path: Path) -> None:
-    base = f"pretrained_checkpoint.restore_from_path={other_base(inputs, tmp_path / 'base')}"
+    norm = "model.decoder.final_layernorm.weight"
+    other = base_with(inputs, tmp_path / "base", lambda weights: weights[norm][3].add_(1))
+    base = f"pretrained_checkpoint.restore_from_path={other}"
     restored = [*LORA[:1], f"model.peft.restore_from_path={sft}"]
     run = lora_run(inputs, tmp_path / "run", *restored, "model.optim.lr=0.001", base, check=False)
     assert run.status == 2 and "was trained on base weights" in run.output
@@ -317,10 +337,10 @@ def test_an_adapter_that_leaves_a_stage_bare_is_refused(inputs: Inputs, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model.peft.restore_from_path={sft}", "model.peft.lora_tuning.adapter_dim=4"], "has rank 8"),
+        (["model.peft.restore_from_path={sft}", "model.peft.lora_tuning.adapter_dim=4"], "has adapter_dim=8,"),
         (
             ["model.peft.restore_from_path={sft}", "model.peft.lora_tuning.target_modules=[mlp]"],
-            "this adapter has linears",
+            "this adapter has target_modules=[attention_qkv, attention_dense, mlp_fc1, mlp_fc2],",
         ),
         (["model.peft.restore_from_path={cut}"], "cut.nemo"),
         (["model.peft.restore_from_path={base}"], "is no LoRA adapter"),

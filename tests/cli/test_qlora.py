@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from nemo_dpo.checkpoint import archive
-from nemo_dpo.checkpoint.weights import Chunk, read_weights, write_weights
 from nemo_dpo.convert.adapter_nemo import read_adapter
 from nemo_dpo.quantization.nf4 import Nf4Weight
 from tests.cli.conftest import Inputs
-from tests.cli.test_lora import ALL, DIMENSIONS, PP, SAVED, TP, VPP, adapter_path, logged, lora_run, reference
+from tests.cli.launch_support import error_line
+from tests.cli.test_lora import (
+    ALL,
+    DIMENSIONS,
+    PP,
+    SAVED,
+    TP,
+    VPP,
+    adapter_path,
+    base_with,
+    logged,
+    lora_run,
+    reference,
+)
 from tests.support.cli import Run
 
 pytestmark = pytest.mark.skipif(
@@ -28,16 +38,13 @@ ARGUMENTS = [*ALL, "model.optim.lr=0.003", "model.optim.eps=0.0001"]
 @pytest.fixture(scope="module")
 def rounded(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """The same model, its linear layers unpacked from four bits."""
-    folder = tmp_path_factory.mktemp("rounded")
-    with archive.open_folder(inputs.nemo) as base:
-        shutil.copytree(base, folder, dirs_exist_ok=True)
-    weights = dict(read_weights(folder / archive.MODEL_WEIGHTS))
-    for name, stacked in weights.items():
-        if ".linear_" in name and name.endswith(".weight") and "layer_norm" not in name:
-            weights[name] = torch.stack([Nf4Weight(layer).dequantize() for layer in stacked])
-    shutil.rmtree(folder / archive.MODEL_WEIGHTS)
-    write_weights(folder / archive.MODEL_WEIGHTS, (Chunk(name, tensor) for name, tensor in weights.items()))
-    return replace(inputs, nemo=folder)
+
+    def unpack(weights: dict[str, torch.Tensor]) -> None:
+        for name, stacked in weights.items():
+            if ".linear_" in name and name.endswith(".weight") and "layer_norm" not in name:
+                weights[name] = torch.stack([Nf4Weight(layer).dequantize() for layer in stacked])
+
+    return replace(inputs, nemo=base_with(inputs, tmp_path_factory.mktemp("rounded"), unpack))
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +80,19 @@ def test_tensor_parallel_ranks_pack_their_shares(
     losses = run.series("train", "loss")
     assert losses[0] == pytest.approx(expected.series("train", "loss")[0], rel=2e-7)
     assert losses == pytest.approx(expected.series("train", "loss"), abs=0.05)
+
+
+def test_a_damaged_base_is_refused_on_all_ranks(inputs: Inputs, tmp_path: Path) -> None:
+    """A NaN in the last row of fc1, which the second rank alone packs."""
+
+    def damage(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.decoder.layers.mlp.linear_fc1.weight"][2, -1, 0] = float("nan")
+
+    base = base_with(inputs, tmp_path / "base", damage)
+    words = [*ARGUMENTS, NF4, TP, f"pretrained_checkpoint.restore_from_path={base}"]
+    run = lora_run(inputs, tmp_path / "run", *words, ranks=2, check=False)
+    assert run.status == 2, run.output
+    assert f"{base}: a weight of shape [128, 64] cannot be quantized" in error_line(run.output)
 
 
 def test_resume(inputs: Inputs, tmp_path: Path) -> None:

@@ -488,6 +488,6 @@ def test_cfg_job_prints_the_effective_configuration(capsys: pytest.CaptureFixtur
     command = cli("--cfg", "job", "model.seed=7")
     assert command.show_config
     with pytest.raises(SystemExit):
-        show_config(command)
+        show_config(load_config(command.config_dir, command.config_name, command.overrides))
     (tmp_path / "out.yaml").write_text(capsys.readouterr().out)
     assert load_config(tmp_path, "out").model.seed == 7

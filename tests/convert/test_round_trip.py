@@ -104,11 +104,13 @@ def test_large_exports_are_sharded_with_an_index(llama: Any, tmp_path: Path) -> 
     from transformers import AutoModelForCausalLM
 
     from nemo_dpo.convert.hf import write_json, write_safetensors
+    from nemo_dpo.convert.safetensors_file import Entry
 
     source = llama()
     tensors = hf_tensors(source)
     (tmp_path / "sharded").mkdir()
-    write_safetensors(tmp_path / "sharded", tensors.items(), max_shard_bytes=40_000)
+    entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    write_safetensors(tmp_path / "sharded", entries, tensors.items(), max_shard_bytes=40_000)
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 3
     write_json(tmp_path / "sharded" / "config.json", read(source, "config.json"))
     assert_same_tensors(source, tmp_path / "sharded")

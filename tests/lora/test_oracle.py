@@ -156,6 +156,17 @@ def test_only_the_active_adapter_takes_part(ranks: Any) -> None:
             assert (left - right).abs().min() > 1e-4
 
 
+def test_without_an_active_adapter_it_is_the_model_that_was_built_without_any(ranks: Any, layout: Layout) -> None:
+    """Bit by bit."""
+    last = [found for found in ranks[0] if found["logits plain"]]
+    assert len(last) == layout.tp
+    for found in last:
+        for what in ("logps", "logits"):
+            assert len(found[f"{what} plain"]) == (2 if what == "logps" else 1)
+            assert all(map(torch.equal, found[f"{what} None"], found[f"{what} plain"]))
+            assert not any(map(torch.equal, found[f"{what} policy"], found[f"{what} plain"]))
+
+
 def test_shares_follow_from_the_base_layer(ranks: Any, spec: LoraSpec, layout: Layout) -> None:
     """Heads of 16 channels, 4 of queries and 2 of keys: 64 and 32 rows; the output projection has 64 columns."""
     shapes, tp = ranks[0][0]["shapes"], layout.tp

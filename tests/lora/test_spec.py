@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_dpo.lora.spec import Dimensions, LoraSpec, linears_of
+from nemo_dpo.lora.spec import Dimensions, LoraSpec, layers_of, linears_of
 
 DIMENSIONS = Dimensions(layers=3, hidden=64, ffn=96, heads=4, query_groups=2, head_channels=24, gated=True)
 
@@ -11,6 +11,14 @@ def test_targets() -> None:
     assert linears_of(["attention_qkv"]) == ("linear_qkv",)
     assert linears_of(["mlp", "attention_dense", "mlp_fc1"]) == ("linear_proj", "linear_fc1", "linear_fc2")
     assert linears_of(["attention", "mlp"]) == linears_of(["all"])
+
+
+def test_layers() -> None:
+    assert layers_of([3, 1], 3) == (0, 2)
+    assert layers_of([2], 3) == (1,)
+    # As many as there are, in any order, are what no selection is.
+    assert layers_of(None, 3) is layers_of([], 3) is layers_of([2, 3, 1], 3) is None
+    assert layers_of([3, 3, 1], 3) == (0, 2)
 
 
 def test_parts_share_an_a_in_nemos_variant() -> None:

@@ -33,10 +33,28 @@ class Findings:
         return [found[case][what] for found in self.ranks if found[case][what] not in (None, [])]
 
 
+class Cases(dict[str, Case]):
+    """Models of CASES, each made when first asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+
+    def __missing__(self, name: str) -> Case:
+        self[name] = make_case(self._factory.mktemp(name), *CASES[name])
+        return self[name]
+
+
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """Every model of CASES."""
-    return {name: make_case(tmp_path_factory.mktemp(name), *case) for name, case in CASES.items()}
+    return Cases(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def names(request: pytest.FixtureRequest) -> list[str]:
+    """Of the models that the tests of this session are about: one test alone does not wait for the others' models."""
+    wanted = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    return [name for name in CASES if name in wanted]
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +67,12 @@ def lengths() -> dict[str, int]:
 def findings(
     request: pytest.FixtureRequest,
     cases: dict[str, Case],
+    names: list[str],
     lengths: dict[str, int],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Findings:
     """One layout's."""
     layout, out = LAYOUTS[request.param], tmp_path_factory.mktemp("gradients")
-    folders = {name: case.nemo for name, case in cases.items()}
+    folders = {name: cases[name].nemo for name in names}
     meeting = tmp_path_factory.mktemp("ranks")
     return Findings(layout, run_ranks(layout.world, findings_of_rank, meeting, folders, layout, lengths, out), out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,16 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-def states_of_rank(_rank: int, nemo: Path, layout: Any) -> dict[str, list[str]]:
-    """The generator's state at each draw of a mask, of attention and of hidden states: two alike are one mask."""
-    seen: dict[str, list[str]] = {"attention": [], "hidden": []}
+def states_of_rank(_rank: int, nemo: Path, layout: Any, position: str | None) -> dict[str, list[str]]:
+    """The generator's state at each draw of a mask, by what it is of: two alike are one mask.
+
+    attention; hidden: hidden states; column, row: what adapters with dropout at `position` read or add, beside column
+    and row parallel layers.
+    """
+    from nemo_dpo.lora.adapters import places
+
+    seen: dict[str, list[str]] = {"attention": [], "hidden": [], "column": [], "row": []}
+    inside = ["hidden"]
     attention, dropout = F.scaled_dot_product_attention, F.dropout
 
     def note(kind: str) -> None:
@@ -34,31 +42,38 @@ def states_of_rank(_rank: int, nemo: Path, layout: Any) -> dict[str, list[str]]:
         return attention(*args, dropout_p=dropout_p, **more)
 
     def watched_dropout(*args: Any, **more: Any) -> Tensor:
-        note("hidden")
+        note(inside[-1])
         return dropout(*args, **more)
 
     F.scaled_dot_product_attention, F.dropout = watched_attention, watched_dropout
-    _step(build(nemo, layout, hidden_dropout=0.3, attention_dropout=0.3), layout)
+    prepare = partial(_add_adapter, dimensions(nemo), position) if position else None
+    engine = build(nemo, layout, prepare, hidden_dropout=0.3, attention_dropout=0.3)
+    for place in (place for chunk in engine.chunks for place in places(chunk)):
+        kind = "column" if place.linear in ("linear_qkv", "linear_fc1") else "row"
+        for adapter in place.module.adapters.values():
+            adapter.register_forward_pre_hook(lambda *_, kind=kind: inside.append(kind))
+            adapter.register_forward_hook(lambda *_, kind=kind: inside.remove(kind))
+    _step(engine, layout)
     return seen
+
+
+def _add_adapter(sizes: Any, position: str, chunks: list[Any]) -> None:
+    from nemo_dpo.lora.adapters import activate, attach, initial
+    from nemo_dpo.lora.spec import POLICY, LoraSpec, linears_of
+
+    spec = LoraSpec(linears_of(["all"]), rank=4, alpha=6.0)
+    for chunk in chunks:
+        chunk.freeze_base()
+    start = initial(spec, sizes, 3, b="xavier")
+    attach(chunks, POLICY, spec, sizes, start, dropout=0.3, dropout_position=position)
+    activate(chunks, POLICY)
 
 
 def gradients_of_rank(_rank: int, nemo: Path, layout: Any, position: str | None) -> dict[str, list[Tensor]]:
     """Kind of recompute → gradients, of the weights or of an adapter with dropout at `position`; equal generators."""
-    from nemo_dpo.lora.adapters import activate, attach, initial
-    from nemo_dpo.lora.spec import POLICY, LoraSpec, linears_of
-
-    spec, sizes = LoraSpec(linears_of(["all"]), rank=4, alpha=6.0), dimensions(nemo)
-
-    def add_adapter(chunks: list[Any]) -> None:
-        for chunk in chunks:
-            chunk.freeze_base()
-        start = initial(spec, sizes, 3, b="xavier")
-        attach(chunks, POLICY, spec, sizes, start, dropout=0.3, dropout_position=str(position))
-        activate(chunks, POLICY)
-
+    prepare = partial(_add_adapter, dimensions(nemo), position) if position else None
     found = {}
     for kind, options in RECOMPUTE.items():
-        prepare = add_adapter if position else None
         engine = build(nemo, layout, prepare, hidden_dropout=0.3, attention_dropout=0.3, **options)
         _step(engine, layout)
         found[kind] = [parameter.main_grad.clone() for parameter in engine.trainable]

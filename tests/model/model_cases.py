@@ -30,7 +30,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# Case → (model type, changes to the tiny Llama).
+# GPT-2's names of the same sizes; its dropout, on by default, would hide what is compared.
+GPT2 = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")),
+    **dict.fromkeys(("num_key_value_heads", "max_position_embeddings")),
+    **{"n_embd": 64, "n_inner": 128, "n_layer": 4, "n_head": 4, "n_positions": 256},
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+}
+PLAIN_HEADS = dict.fromkeys(("num_key_value_heads", "head_dim"))  # GPT-NeoX has neither key
+# Case → (model type, changes to the tiny Llama; None takes the key away).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gqa_tied": ("llama", {}),
     "untied_head_dim_not_hidden_over_heads": ("llama", {"tie_word_embeddings": False, "head_dim": 24}),
@@ -38,6 +46,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3_rope": ("llama", {"rope_parameters": LLAMA3, "max_position_embeddings": 512}),
     "mha": ("llama", {"num_key_value_heads": 4}),
     "qwen2_qkv_bias": ("qwen2", {"head_dim": None}),
+    # A window that the rows are longer than: 24 positions, and 27 of the longest response.
+    "mistral_window": ("mistral", {"sliding_window": 5, "tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "gpt_neox": ("gpt_neox", {**PLAIN_HEADS, "tie_word_embeddings": False}),
+    "gpt_neox_one_after_the_other": ("gpt_neox", {**PLAIN_HEADS, "use_parallel_residual": False}),
+    "gpt2": ("gpt2", GPT2),
+    "gemma": ("gemma", {"head_dim": 24}),
+    "starcoder2": ("starcoder2", {"head_dim": None}),
+    "nemotron": ("nemotron", {"head_dim": 24, "tie_word_embeddings": False}),
 }
 
 

@@ -116,6 +116,15 @@ def test_harmless_values_change_nothing() -> None:
     assert parse(window_size=[-1, 0]) == parse()  # causal attention, unlimited
 
 
+def test_what_some_families_have() -> None:
+    plain = parse()
+    assert (plain.window, plain.qk_norm, plain.scaled_embedding, plain.parallel_residual) == (None, False, False, False)
+    keys = {"window_size": [4095, 0], "qk_layernorm": True, "apply_embedding_scaling": True}
+    arch = parse(**keys, name="megatron_gpt_neox")
+    assert (arch.window, arch.qk_norm, arch.scaled_embedding, arch.parallel_residual) == (4095, True, True, True)
+    assert parse(window_size=[0, 0]).window == 0
+
+
 @pytest.mark.parametrize(
     ("keys", "linear", "qkv"),
     [
@@ -187,11 +196,11 @@ def test_vocabulary_padding(vocabulary: int, multiple: int, tp: int, rows: int) 
         ({"transformer_block_type": "post_ln"}, "transformer_block_type='post_ln' is not supported; known: pre_ln"),
         ({"normalize_attention_scores": False}, "normalize_attention_scores=False"),
         ({"headscale": True}, "headscale=True"),
-        ({"qk_layernorm": True}, "qk_layernorm=True"),
-        ({"window_size": [4095, 0]}, r"window_size=\[4095, 0\]"),
+        ({"window_size": [4095, 4095]}, r"window_size=\[4095, 4095\] is not supported; known: \[-1, 0\] and \[n, 0\]"),
+        ({"window_size": 4096}, "window_size=4096 is not supported"),
+        ({"name": "megatron_falcon_gpt"}, "name='megatron_falcon_gpt'"),
         ({"softmax_scale": 0.1}, "softmax_scale=0.1 is not supported; known: null"),
         ({"fp32_residual_connection": True}, "fp32_residual_connection=True"),
-        ({"apply_embedding_scaling": True}, "apply_embedding_scaling=True"),
         ({"mcore_customization_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping"),
         ({"num_moe_experts": 8}, "num_moe_experts=8"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"type 'yarn' .* llama3"),

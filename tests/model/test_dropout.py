@@ -16,19 +16,28 @@ LAYERS = 4
 TP, SP = Layout(2, tp=2), Layout(2, tp=2, sequence_parallel=True)
 
 
+NOTHING: set[str] = set()
+
+
 @pytest.mark.parametrize(
-    ("layout", "shared"),
+    ("layout", "position", "shared"),
     [
-        (TP, {"attention": False, "hidden": True}),  # heads are shared out, the hidden states are on both
-        (SP, {"attention": False, "hidden": False}),
-        (Layout(2), {"attention": False, "hidden": False}),  # other pairs
-        (Layout(2, pp=2), {"attention": False, "hidden": False}),  # other layers
+        (TP, None, {"hidden"}),  # heads are shared out, the hidden states are on both
+        (SP, None, NOTHING),
+        (Layout(2), None, NOTHING),  # other pairs
+        (Layout(2, pp=2), None, NOTHING),  # other layers
+        # An adapter's input is on both beside a column parallel layer, its output beside a row parallel one.
+        (TP, "pre", {"hidden", "column"}),
+        (TP, "post", {"hidden", "row"}),
+        (SP, "pre", NOTHING),
+        (SP, "post", NOTHING),
     ],
-    ids=["TP 2", "TP 2 + SP", "DP 2", "PP 2"],
+    ids=["TP 2", "TP 2 + SP", "DP 2", "PP 2", "TP 2, pre", "TP 2, post", "TP 2 + SP, pre", "TP 2 + SP, post"],
 )
-def test_masks(cases: dict[str, Case], tmp_path: Path, layout: Layout, shared: dict[str, bool]) -> None:
-    first, second = run_ranks(2, states_of_rank, tmp_path, cases["gqa_tied"].nemo, layout)
-    for kind, alike in shared.items():
+def test_masks(cases: dict[str, Case], tmp_path: Path, layout: Layout, position: str | None, shared: set[str]) -> None:
+    first, second = run_ranks(2, states_of_rank, tmp_path, cases["gqa_tied"].nemo, layout, position)
+    for kind in ("attention", "hidden", *(("column", "row") if position else ())):
+        alike = kind in shared
         assert len(first[kind]) >= LAYERS // layout.pp * len(SIZES), kind
         assert len(set(first[kind])) == len(first[kind]), f"{kind}: a mask comes twice"
         if alike:

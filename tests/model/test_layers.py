@@ -24,6 +24,7 @@ def config(**changes: Any) -> Any:
         "sequence_parallel": False,
         "attention_dropout": 0.0,
         "kv_channels": CHANNELS,
+        "window_size": None,
     }
     return SimpleNamespace(**{**settings, **changes})
 
@@ -74,16 +75,17 @@ def test_norm_tells_megatron_core_whether_its_gradients_are_parts(sequence_paral
     assert [parameter.sequence_parallel for parameter in norm.parameters()] == [sequence_parallel] * 2
 
 
-def slow_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """One position, row and head at a time: softmax over the positions up to its own."""
+def slow_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, before: int = LENGTH) -> Tensor:
+    """One position, row and head at a time: softmax over its own position and `before` ones before it."""
     length, rows, heads, _ = query.shape
     group = heads // key.shape[2]
     outputs = []
     for s in range(length):
         for b in range(rows):
             for h in range(heads):
-                scores = (key[: s + 1, b, h // group] @ query[s, b, h]) * scale
-                outputs.append(scores.softmax(0) @ value[: s + 1, b, h // group])
+                seen = slice(max(0, s - before), s + 1)
+                scores = (key[seen, b, h // group] @ query[s, b, h]) * scale
+                outputs.append(scores.softmax(0) @ value[seen, b, h // group])
     return torch.stack(outputs).view(length, rows, -1)
 
 
@@ -100,6 +102,17 @@ def test_attention(groups: int) -> None:
     assert found.shape == (LENGTH, ROWS, 4 * CHANNELS)
     torch.testing.assert_close(found, slow)
     inputs = [query, key, value]
+    for ours, theirs in zip(gradients(found, inputs), gradients(slow, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("before", [0, 1, 4, 5, 6, 7])
+def test_attention_with_a_sliding_window(before: int) -> None:
+    """7 positions: from 6 before its own on, a position sees all."""
+    inputs = [random(LENGTH, ROWS, heads, CHANNELS, seed=seed) for heads, seed in ((4, 4), (2, 5), (2, 6))]
+    found = attention(window_size=(before, 0))(*inputs, None)
+    slow = slow_attention(*inputs, 1 / math.sqrt(CHANNELS), before)
+    torch.testing.assert_close(found, slow)
     for ours, theirs in zip(gradients(found, inputs), gradients(slow, inputs), strict=True):
         torch.testing.assert_close(ours, theirs)
 

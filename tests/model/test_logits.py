@@ -45,7 +45,7 @@ def test_logits_equal_hugging_faces(
 @pytest.mark.parametrize("name", CASES)
 def test_the_model_was_shared_out(findings: Findings, name: str) -> None:
     _, changes = CASES[name]
-    heads = 4 + 2 * changes.get("num_key_value_heads", 2)
+    heads = 4 + 2 * (changes.get("num_key_value_heads", 2) or 4)
     rows = heads * (changes.get("head_dim") or 16)
     assert findings.each(name, "qkv") == [[rows // findings.layout.tp, 64]] * findings.layout.world
     assert findings.each(name, "layers") == [4 // findings.layout.pp] * findings.layout.world

@@ -6,12 +6,14 @@ from tests.mutants.mutation import Mutation
 
 LINEAR = "nemo_dpo/lora/linear.py"
 ADAPTERS = "nemo_dpo/lora/adapters.py"
+START = "nemo_dpo/training/adapters.py"
 CACHED = "nemo_dpo/reference/cached.py"
 
 LOGPS = "tests/lora/test_oracle.py::test_log_probs_and_loss"
 GRADIENTS = "tests/lora/test_oracle.py::test_gradients_of_the_adapter_and_of_nothing_else"
 ROWS = "tests/reference/test_cached.py::test_rows_follow_the_index_of_the_pair"
 FILLED = "tests/cli/test_cached_reference.py::test_cached_is_frozen"
+WHICH = "tests/cli/test_which_adapter.py::"
 PEFT = "tests/convert/test_adapters_peft.py::"
 
 ADAPTER_MUTATIONS = (
@@ -73,6 +75,20 @@ ADAPTER_MUTATIONS = (
         f"{LOGPS}[nemo, all-TP 2]",
     ),
     Mutation(
+        "the ranks drop other places of an input that all of them hold",
+        LINEAR,
+        "base.sequence_parallel or not base.splits_rows",
+        "True",
+        "tests/model/test_dropout.py::test_masks[TP 2, pre]",
+    ),
+    Mutation(
+        "the ranks drop other places of an output that all of them hold",
+        LINEAR,
+        "base.sequence_parallel or base.splits_rows",
+        "True",
+        "tests/model/test_dropout.py::test_masks[TP 2, post]",
+    ),
+    Mutation(
         "gradients of parts of the sequence not summed",
         LINEAR,
         "parameter.sequence_parallel = sequence_parallel ",
@@ -127,5 +143,33 @@ ADAPTER_MUTATIONS = (
         "responses[micro_batch.pair_segments]",
         "responses[micro_batch.pair_segments.flip(1)]",
         FILLED,
+    ),
+    Mutation(
+        "the cache's key forgets the adapter",
+        "nemo_dpo/app.py",
+        '"adapter": ',
+        '"adapter": "" and ',
+        f"{WHICH}test_log_probs_of_another_adapter_are_refused[numbers]",
+    ),
+    Mutation(
+        "the cache's key forgets the four bits",
+        "nemo_dpo/app.py",
+        '"base_quantization": ',
+        '"base_quantization": "" and ',
+        f"{WHICH}test_log_probs_of_the_base_in_full_are_not_those_in_four_bits",
+    ),
+    Mutation(
+        "a resume forgets the adapters beside the trained one",
+        START,
+        '**{f"the start of adapter {name}": digest for name, digest in self.hashes.items()}',
+        "**{}",
+        f"{WHICH}test_another_adapter_beside_the_trained_one_does_not_resume[numbers]",
+    ),
+    Mutation(
+        "an adapter is known by its tensors alone",
+        START,
+        " × {spec.scale}",
+        "",
+        f"{WHICH}test_log_probs_of_another_adapter_are_refused[alpha]",
     ),
 )

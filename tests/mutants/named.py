@@ -7,6 +7,9 @@ that runs the command line.
 from __future__ import annotations
 
 from tests.mutants.adapters import ADAPTER_MUTATIONS
+from tests.mutants.archives import ARCHIVE_MUTATIONS
+from tests.mutants.converters import TOOL_MUTATIONS
+from tests.mutants.families import FAMILY_MUTATIONS
 from tests.mutants.mutation import Mutation
 
 OBJECTIVE = "nemo_dpo/losses/objective.py"
@@ -453,8 +456,11 @@ MUTATIONS = (
     *DATA_MUTATIONS,
     *LOGPROB_MUTATIONS,
     *CONVERTER_MUTATIONS,
+    *FAMILY_MUTATIONS,
+    *TOOL_MUTATIONS,
     *SPINE_MUTATIONS,
     *WAITING_AND_DRAWING_MUTATIONS,
     *CHECKPOINT_MUTATIONS,
     *ADAPTER_MUTATIONS,
+    *ARCHIVE_MUTATIONS,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemo_dpo.config import ConfigError
 from nemo_dpo.quantization import nf4
-from nemo_dpo.quantization.nf4 import Nf4Weight
+from nemo_dpo.quantization.nf4 import Nf4Weight, UnpackableError
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes, of the extra `qlora`, is missing")
 
@@ -187,7 +187,7 @@ def test_other_dtypes_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
 def test_what_float32_cannot_add_up_is_refused(value: float) -> None:
-    with pytest.raises(ValueError, match=r"shape \[2, 64\] cannot be quantized: .* the checkpoint is damaged"):
+    with pytest.raises(UnpackableError, match=r"shape \[2, 64\] cannot be quantized: .* the checkpoint is damaged"):
         Nf4Weight(torch.full((2, 64), value))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,6 +141,60 @@ def test_one_run_at_a_time_fills_a_table(tmp_path: Path) -> None:
             second.begin()
         first.append(made_rows()[:3])
     assert write(tmp_path / "train", made_rows()[3:]) == 3
+
+
+def test_a_table_that_another_run_finished_meanwhile_is_whole(tmp_path: Path) -> None:
+    """The other run ended between this one's look at the folder and its own beginning."""
+    folder = tmp_path / "train"
+    with closing(TableWriter(folder, HEADER)) as late:
+        complete(folder)
+        assert late.begin() == 5
+        late.finish()
+    assert list(tmp_path.iterdir()) == [folder]
+    assert open_table(folder, HEADER).tobytes() == made_rows().tobytes()
+
+
+def test_a_table_that_is_finished_while_its_lock_is_taken_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The late run has opened the rows under their unfinished name already."""
+    folder = tmp_path / "train"
+    with closing(TableWriter(folder, HEADER)) as first, closing(TableWriter(folder, HEADER)) as late:
+        first.begin()
+        first.append(made_rows())
+        lock = fcntl.flock
+
+        def finished_first(*arguments: Any) -> None:
+            first.finish()
+            first.close()
+            lock(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", finished_first)
+            assert late.begin() == 5
+        late.finish()
+    assert list(tmp_path.iterdir()) == [folder]
+    assert open_table(folder, HEADER).tobytes() == made_rows().tobytes()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for parent, reason in ((tmp_path / "file", "Not a directory"), (Path("/proc/nothing"), "No such file")):
+        with pytest.raises(SaveError, match=f"{parent}.*{reason}"):
+            TableWriter(parent / "train", HEADER).begin()
+
+
+def test_a_table_that_cannot_get_its_name_is_kept(tmp_path: Path) -> None:
+    """A file of that name came in the way."""
+    folder = tmp_path / "train"
+    with closing(TableWriter(folder, HEADER)) as writer:
+        writer.begin()
+        writer.append(made_rows())
+        folder.touch()
+        with pytest.raises(SaveError, match=r"train: cannot be written \(Not a directory\)"):
+            writer.finish()
+    folder.unlink()
+    assert write(folder, made_rows()[:0]) == 5
 
 
 def test_a_full_disk_keeps_the_rows_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,35 +1,20 @@
 #!/usr/bin/env python3
-"""Convert a `.nemo` archive of a Llama-family model to a Hugging Face folder that transformers loads.
+"""Convert a `.nemo` archive of a Llama model to a Hugging Face folder that transformers loads.
 
     python tools/convert/convert_llama_nemo_to_hf.py --input_name_or_path mcore_gpt.nemo --output_path /path/to/folder
 
-Reads what convert_llama_hf_to_nemo.py and training write, as an archive or an extracted folder.
+Llama 1 to 3.2 and what shares their architecture and `model_type`, such as SmolLM2.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
+sys.path.pop(0)  # this folder, whose inspect.py would hide Python's
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from nemo_dpo.convert import cli
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input_name_or_path", required=True, type=Path, help=".nemo file or extracted folder")
-    parser.add_argument("--output_path", required=True, type=Path, help="the folder to write")
-    parser.add_argument("--precision", choices=("32", "bf16", "16"), help="convert the weights (default: keep)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    from nemo_dpo.convert import cli
-
-    return cli.run(cli.nemo_to_hf, args)
-
+main = cli.nemo_to_hf_script(__doc__, "llama")
 
 if __name__ == "__main__":
     sys.exit(main())

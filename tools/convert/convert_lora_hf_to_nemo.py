@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.pop(0)  # this folder, whose inspect.py would hide Python's
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 

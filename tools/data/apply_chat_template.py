@@ -47,10 +47,10 @@ def apply_chat_template(model: Path, source: Path, target: Path) -> int:
 
     with ExitStack() as stack:
         if model.is_file() or (model / archive.MODEL_CONFIG).is_file():
-            folder = stack.enter_context(archive.open_folder(model, scratch=target.absolute().parent))
+            folder = stack.enter_context(archive.open_folder(model, target.absolute().parent, archive.check_any_layout))
             tokenizer: Tokenizer = load_tokenizer(archive.read_model_config(folder)["tokenizer"], folder)
         else:
-            tokenizer = HuggingFaceTokenizer(model)
+            tokenizer = HuggingFaceTokenizer.from_name(model)
         with source.open("rb") as lines:  # read whole before writing: target may be source
             rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in render(lines, str(source), tokenizer)]
     target.write_text("".join(rows), encoding="utf-8")

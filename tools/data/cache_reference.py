@@ -4,7 +4,8 @@
     python tools/data/cache_reference.py model.dpo.reference.cache_dir=/path/to/cache ...
 
 The other arguments are those of train_gpt_dpo.py; the number of ranks and the parallel sizes need not be those of the
-training. Without cache_dir the results folder must be the training's. model.dpo.reference.kind is cached unless given.
+training. Without cache_dir the results folder must be the training's. model.dpo.reference.kind may be the training's as
+well: for a kind K that is not cached, what cached:K reads is computed.
 """
 
 import sys
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 def main() -> int:
     from nemo_dpo.launch import main as launch
 
-    return launch(ROOT / "conf", "gpt_dpo", "cache_reference", ["model.dpo.reference.kind=cached", *sys.argv[1:]])
+    return launch(ROOT / "conf", "gpt_dpo", "cache_reference", sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_dpo.checkpoint import CheckpointError
+from nemo_dpo.convert.families.common import (
+    ATTENTION_NORM,
+    COMMON,
+    FC1,
+    FC2,
+    FINAL_NORM,
+    MLP_NORM,
+    PROJ,
+    QKV,
+    WORDS,
+    linear,
+    norm,
+    with_head,
+)
 from nemo_dpo.convert.family import Family, Key
 from nemo_dpo.convert.rules import Copy, FusedQkv, GatedMlp, PaddedVocab, Param, Rule, Table
 
@@ -17,18 +31,11 @@ HEAD = Param("lm_head.weight", "vocab hidden")
 ATTENTION = "model.layers.{layer}.self_attn"
 MLP = "model.layers.{layer}.mlp"
 
-SHAPING = {
-    "mcore_gpt": True,
+CONSTANTS = {
+    **COMMON,
     "normalization": "rmsnorm",
     "activation": "fast-swiglu",
     "position_embedding_type": "rope",
-}
-CONSTANTS = {
-    **SHAPING,
-    "transformer_engine": True,
-    "make_vocab_size_divisible_by": 128,
-    "hidden_dropout": 0.0,
-    "ffn_dropout": 0.0,
 }
 
 KEYS = (
@@ -46,35 +53,26 @@ KEYS = (
     Key("tie_word_embeddings", "share_embeddings_and_output_weights", False),
 )
 
+QKV_WEIGHTS = (
+    Param(f"{ATTENTION}.q_proj.weight", "q hidden"),
+    Param(f"{ATTENTION}.k_proj.weight", "kv hidden"),
+    Param(f"{ATTENTION}.v_proj.weight", "kv hidden"),
+)
 WEIGHTS: tuple[Rule, ...] = (
-    PaddedVocab("embedding.word_embeddings.weight", (EMBEDDING,)),
-    Copy(
-        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
-        (Param("model.layers.{layer}.input_layernorm.weight", "hidden"),),
-    ),
-    FusedQkv(
-        "decoder.layers.self_attention.linear_qkv.weight",
-        (
-            Param(f"{ATTENTION}.q_proj.weight", "q hidden"),
-            Param(f"{ATTENTION}.k_proj.weight", "kv hidden"),
-            Param(f"{ATTENTION}.v_proj.weight", "kv hidden"),
-        ),
-    ),
-    Copy("decoder.layers.self_attention.linear_proj.weight", (Param(f"{ATTENTION}.o_proj.weight", "hidden q"),)),
-    Copy(
-        "decoder.layers.mlp.linear_fc1.layer_norm_weight",
-        (Param("model.layers.{layer}.post_attention_layernorm.weight", "hidden"),),
-    ),
+    PaddedVocab(WORDS, (EMBEDDING,)),
+    *norm(ATTENTION_NORM, "model.layers.{layer}.input_layernorm", bias=False),
+    FusedQkv(f"{QKV}.weight", QKV_WEIGHTS),
+    *linear(PROJ, f"{ATTENTION}.o_proj", "hidden q", bias=False),
+    *norm(MLP_NORM, "model.layers.{layer}.post_attention_layernorm", bias=False),
     GatedMlp(
-        "decoder.layers.mlp.linear_fc1.weight",
+        f"{FC1}.weight",
         (Param(f"{MLP}.gate_proj.weight", "ffn hidden"), Param(f"{MLP}.up_proj.weight", "ffn hidden")),
     ),
-    Copy("decoder.layers.mlp.linear_fc2.weight", (Param(f"{MLP}.down_proj.weight", "hidden ffn"),)),
-    Copy("decoder.final_layernorm.weight", (Param("model.norm.weight", "hidden"),)),
+    *linear(FC2, f"{MLP}.down_proj", "hidden ffn", bias=False),
+    *norm(FINAL_NORM, "model.norm", bias=False),
 )
-UNTIED_HEAD = PaddedVocab("output_layer.weight", (HEAD,))
 QKV_BIAS = FusedQkv(
-    "decoder.layers.self_attention.linear_qkv.bias",
+    f"{QKV}.bias",
     (
         Param(f"{ATTENTION}.q_proj.bias", "q"),
         Param(f"{ATTENTION}.k_proj.bias", "kv"),
@@ -83,42 +81,35 @@ QKV_BIAS = FusedQkv(
 )
 PROJ_BIAS = Param(f"{ATTENTION}.o_proj.bias", "hidden")
 OTHER_BIASES: tuple[Rule, ...] = (
-    Copy("decoder.layers.self_attention.linear_proj.bias", (PROJ_BIAS,)),
-    GatedMlp(
-        "decoder.layers.mlp.linear_fc1.bias",
-        (Param(f"{MLP}.gate_proj.bias", "ffn"), Param(f"{MLP}.up_proj.bias", "ffn")),
-    ),
-    Copy("decoder.layers.mlp.linear_fc2.bias", (Param(f"{MLP}.down_proj.bias", "hidden"),)),
+    Copy(f"{PROJ}.bias", (PROJ_BIAS,)),
+    GatedMlp(f"{FC1}.bias", (Param(f"{MLP}.gate_proj.bias", "ffn"), Param(f"{MLP}.up_proj.bias", "ffn"))),
+    Copy(f"{FC2}.bias", (Param(f"{MLP}.down_proj.bias", "hidden"),)),
 )
 
 
-def weights_table(config: dict[str, Any], rules: tuple[Rule, ...], zeros: tuple[Param, ...]) -> Table:
-    """`rules` for a model whose output layer is its own or tied to the embedding, as `config` says."""
-    tied = bool(config.get("share_embeddings_and_output_weights"))
-    return Table(
-        rules=rules if tied else (*rules, UNTIED_HEAD),
-        zeros=zeros,
-        tied={HEAD.name: EMBEDDING.name} if tied else {},
-        derived=(".rotary_emb.inv_freq",),
-    )
+def weights_table(config: dict[str, Any], rules: tuple[Rule, ...], zeros: tuple[Param, ...] = ()) -> Table:
+    """`rules`, with Llama's names of the embedding and the output layer."""
+    return with_head(config, EMBEDDING, HEAD, rules, zeros=zeros, derived=(".rotary_emb.inv_freq",))
 
 
 def _table(config: dict[str, Any]) -> Table:
     if config.get("bias"):
-        return weights_table(config, (*WEIGHTS, QKV_BIAS, *OTHER_BIASES), ())
+        return weights_table(config, (*WEIGHTS, QKV_BIAS, *OTHER_BIASES))
     if config.get("qkv_bias"):
         return weights_table(config, (*WEIGHTS, QKV_BIAS), (PROJ_BIAS,))
-    return weights_table(config, WEIGHTS, ())
+    return weights_table(config, WEIGHTS)
 
 
-def _biases_to_nemo(hf: dict[str, Any]) -> dict[str, Any]:
+def biases_to_nemo(hf: dict[str, Any]) -> dict[str, Any]:
+    """`attention_bias` and `mlp_bias`; see the module."""
     attention, mlp = bool(hf.get("attention_bias")), bool(hf.get("mlp_bias"))
     if mlp and not attention:
         raise CheckpointError("config.json: mlp_bias without attention_bias cannot be expressed in megatron-core")
     return {"bias": attention and mlp, "qkv_bias": attention and not mlp}
 
 
-def _biases_to_hf(config: dict[str, Any]) -> dict[str, Any]:
+def biases_to_hf(config: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `biases_to_nemo`."""
     both = bool(config.get("bias"))
     return {"attention_bias": both or bool(config.get("qkv_bias")), "mlp_bias": both}
 
@@ -126,11 +117,12 @@ def _biases_to_hf(config: dict[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
+    models="Llama 1 to 3.2, SmolLM2",
     keys=KEYS,
     constants=CONSTANTS,
-    required={"hidden_act": "silu"},
+    required={"hidden_act": ("silu",)},
     defaults={"attention_bias": False, "mlp_bias": False},
-    extra_nemo=_biases_to_nemo,
-    extra_hf=_biases_to_hf,
+    extra_nemo=biases_to_nemo,
+    extra_hf=biases_to_hf,
     table=_table,
 )

@@ -1,15 +1,24 @@
-"""Tokenizers of a checkpoint, behind one small interface: Hugging Face's and SentencePiece's.
+"""Which tokenizer a checkpoint has, and how to load it and write it for Hugging Face.
 
-The section `tokenizer` of model_config.yaml says which: `library: huggingface` with `type: nemo:<artefact folder>` (or
-a folder, or a hub id), `library: sentencepiece` with `model: nemo:<artefact file>`. The libraries are imported when one
-of their tokenizers is loaded. Special tokens are never added to a text; those written out in it are recognised.
+The section `tokenizer` of model_config.yaml says which, in NeMo's words:
+
+    library      type                                        files
+    huggingface  nemo:<artefact folder>, a folder, a hub id
+    huggingface  gpt2                                        vocab_file, merge_file
+    megatron     GPT2BPETokenizer                            vocab_file, merge_file
+    megatron     GPTSentencePieceTokenizer                   model
+    sentencepiece                                            model
+    tiktoken                                                 vocab_file
+
+A file is `nemo:<artefact>` or a path. The libraries are imported when one of their tokenizers is loaded. Special tokens
+are never added to a text; those written out in it are recognised.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +37,25 @@ HF_FILES = (
     "chat_template.json",
 )
 """Every file that a Hugging Face tokenizer may consist of; code is not among them."""
+
+# NeMo's library and type (None: any) → the form of its files; Hugging Face's own is not among them.
+FORMS: dict[tuple[Any, Any], str] = {
+    ("huggingface", "gpt2"): "gpt2",
+    ("megatron", "GPT2BPETokenizer"): "gpt2",
+    ("megatron", "GPTSentencePieceTokenizer"): "sentencepiece",
+    ("sentencepiece", None): "sentencepiece",
+    ("tiktoken", None): "tiktoken",
+}
+FILE_KEYS = {"gpt2": ("vocab_file", "merge_file"), "sentencepiece": ("model",), "tiktoken": ("vocab_file",)}
+# Texts that tell tokenizers apart: scripts, digits, code, white space at either end and inside, special tokens.
+PROBE = (
+    "The fox's 3.14159, naïve café; Straße ﬁ ½",
+    "Ελληνικά, кириллица, 東京タワー, العربية, हिन्दी नमस्ते, 한국어, 🙂👩‍👩‍👧",
+    "def add(a, b):\n    return a**2 + b[1889]  # 2 + 2 == 4\n\n\n\t1. x\r\n",
+    "  two before, three   inside, one behind ",
+    "\n\n1. first\n",
+    "12345 6 78",
+)
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -52,25 +80,35 @@ class Tokenizer(DataTokenizer, Protocol):
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of transformers, read from a folder or by hub id; never runs code that lies beside it."""
+    """A tokenizer of transformers; never runs code that lies beside it."""
 
-    def __init__(self, source: Path | str, *, use_fast: bool = True) -> None:
+    def __init__(self, tokenizer: Any, label: str, files: Sequence[Path] = ()) -> None:
+        """Wrap a tokenizer of transformers; `files` are what it was made of, `label` names it in messages."""
+        self._tokenizer = tokenizer
+        if tokenizer.eos_token_id is None:
+            raise TokenizerError(f"{label}: the tokenizer has no end token (eos); name one in tokenizer_config.json")
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.vocab_size: int = len(tokenizer)
+        self.fingerprint: str = _fingerprint(files, label)
+
+    @classmethod
+    def from_name(cls, source: Path | str, *, use_fast: bool = True) -> HuggingFaceTokenizer:
+        """Read a folder, or what a hub id names."""
         from transformers import AutoTokenizer
 
         local = Path(source).is_dir()
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 str(source), use_fast=use_fast, local_files_only=local, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise TokenizerError(f"{source}: no tokenizer that transformers can read ({reason})") from error
-        if self._tokenizer.eos_token_id is None:
-            raise TokenizerError(f"{source}: the tokenizer has no end token (eos); name one in tokenizer_config.json")
-        self.eos_id: int = self._tokenizer.eos_token_id
-        self.pad_id: int = self.eos_id if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
-        self.vocab_size: int = len(self._tokenizer)
-        self.fingerprint: str = _fingerprint(_hf_files(Path(source)) if local else [], str(source))
+            raise TokenizerError(f"{source}: no tokenizer that transformers can read ({_reason(error)})") from error
+        return cls(tokenizer, str(source), _hf_files(Path(source)) if local else ())
+
+    def save(self, folder: Path) -> None:
+        """Write it as transformers does."""
+        self._tokenizer.save_pretrained(folder)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -139,19 +177,82 @@ def load_tokenizer(config: Mapping[str, Any], folder: Path) -> Tokenizer:
     """The tokenizer that the section `tokenizer` of a model_config.yaml describes.
 
     Args:
-        config: the section: `library`, and `type` (huggingface; with `use_fast`) or `model` (sentencepiece).
+        config: the section.
         folder: the extracted `.nemo`, where `nemo:` artefacts lie.
 
     Raises:
         TokenizerError: unknown library, missing key or artefact, unreadable tokenizer, no end token.
     """
-    library = config.get("library")
-    if library == "huggingface":
+    form = _form(config)
+    if form == "sentencepiece":
+        return SentencePieceTokenizer(_file(config, "model", folder))
+    if form == "huggingface":
         source = resolve_artefact(_needed(config, "type"), folder)
-        return HuggingFaceTokenizer(source, use_fast=bool(config.get("use_fast", True)))
-    if library == "sentencepiece":
-        return SentencePieceTokenizer(Path(resolve_artefact(_needed(config, "model"), folder)))
-    raise TokenizerError(f"tokenizer.library={library!r} is not supported, only huggingface and sentencepiece")
+        return HuggingFaceTokenizer.from_name(source, use_fast=bool(config.get("use_fast", True)))
+    return _built(form, [_file(config, key, folder) for key in FILE_KEYS[form]])
+
+
+def export_tokenizer(config: Mapping[str, Any], folder: Path, target: Path) -> None:
+    """Write a checkpoint's tokenizer into the Hugging Face folder `target`.
+
+    What is no Hugging Face tokenizer is built anew as one, read back and compared on a text of many kinds.
+
+    Raises:
+        TokenizerError: as `load_tokenizer`, or it cannot be written so that it gives the same tokens.
+    """
+    form = _form(config)
+    if form == "huggingface":
+        source = resolve_artefact(_needed(config, "type"), folder)
+        if not Path(source).is_dir():
+            raise TokenizerError(f"tokenizer {str(source)!r} is not in the checkpoint; name a folder with its files")
+        copy_hf_files(Path(source), target)
+        return
+    original, first = load_tokenizer(config, folder), _file(config, FILE_KEYS[form][0], folder)
+    fast = original if isinstance(original, HuggingFaceTokenizer) else _built(form, [first])
+    fast.save(target)
+    written = HuggingFaceTokenizer.from_name(target)
+    differ = [text for text in PROBE if written.encode(text) != original.encode(text)]
+    if differ or written.eos_id != original.eos_id:
+        raise TokenizerError(f"{first.name}: a Hugging Face tokenizer made of it gives other tokens for {differ[:2]}")
+    if form == "sentencepiece":
+        (target / "tokenizer.model").write_bytes(first.read_bytes())
+
+
+def _form(config: Mapping[str, Any]) -> str:
+    """Which of FILE_KEYS, or `huggingface`."""
+    library, kind = config.get("library"), config.get("type")
+    if library == "huggingface" and not (config.get("vocab_file") or config.get("merge_file")):
+        return "huggingface"
+    form = FORMS.get((library, kind)) or FORMS.get((library, None))
+    if form is None:
+        known = ", ".join(sorted({f"{name} ({only})" if only else str(name) for name, only in FORMS} | {"huggingface"}))
+        raise TokenizerError(f"tokenizer.library={library!r} with type={kind!r} is not supported, only {known}")
+    return form
+
+
+def _built(form: str, files: Sequence[Path]) -> HuggingFaceTokenizer:
+    from nemo_dpo.tokenizer import build
+
+    make: dict[str, Callable[..., Any]] = {
+        "gpt2": build.gpt2_bpe,
+        "tiktoken": build.tiktoken_bpe,
+        "sentencepiece": build.sentencepiece_fast,
+    }
+    try:
+        return HuggingFaceTokenizer(make[form](*files), str(files[0]), files)
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"{files[0]}: no {form} tokenizer ({_reason(error)})") from error
+
+
+def _file(config: Mapping[str, Any], key: str, folder: Path) -> Path:
+    path = Path(resolve_artefact(_needed(config, key), folder))
+    if not path.is_file():
+        raise TokenizerError(f"model_config.yaml: tokenizer.{key}={config[key]!r} is no file")
+    return path
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def resolve_artefact(value: str, folder: Path) -> Path | str:

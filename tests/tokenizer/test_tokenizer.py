@@ -118,7 +118,16 @@ def test_append_eod_ends_a_sentencepiece_response_once(sentencepiece_model: Path
 @pytest.mark.parametrize(
     ("section", "match"),
     [
-        ({"library": "tiktoken"}, "tokenizer.library='tiktoken'"),
+        ({"library": "yttm"}, "tokenizer.library='yttm'"),
+        ({"library": "megatron", "type": "BertWordPieceLowerCase"}, "type='BertWordPieceLowerCase' is not supported"),
+        ({"library": "megatron", "type": "GPT2BPETokenizer"}, "tokenizer.vocab_file is empty"),
+        ({"library": "huggingface", "type": "bert", "vocab_file": "nemo:text"}, "type='bert' is not supported"),
+        ({"library": "tiktoken", "vocab_file": "nemo:text"}, "no tiktoken tokenizer"),
+        ({"library": "tiktoken", "vocab_file": "/nowhere"}, "is no file"),
+        (
+            {"library": "megatron", "type": "GPT2BPETokenizer", "vocab_file": "nemo:text", "merge_file": "nemo:text"},
+            "no gpt2 tokenizer",
+        ),
         ({"library": "huggingface", "type": None}, "tokenizer.type is empty"),
         ({"library": "huggingface", "type": "nemo:missing"}, "'nemo:missing' is not in the checkpoint"),
         ({"library": "sentencepiece", "model": "nemo:../outside"}, "is not in the checkpoint"),

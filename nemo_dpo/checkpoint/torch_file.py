@@ -1,0 +1,81 @@
+"""Read what torch.save wrote, from files that nobody vouches for.
+
+`weights_only` keeps code out. What it leaves is checked here: records are stored, not compressed, so that none is
+larger in memory than on the disk, and no tensor claims more values than its storage has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from nemo_dpo.checkpoint import CheckpointError
+
+# Transformer Engine's fp8 state: no weight, and often no tensor.
+EXTRA_STATE = "_extra_state"
+# What torch raises on bytes that torch.save has not written.
+_DAMAGED = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
+def load(source: Path | IO[bytes], label: str) -> Any:
+    """The object that torch.save wrote; of a file, tensors are mapped into memory and read when they are used.
+
+    Raises:
+        CheckpointError: `label` is damaged, or holds more than tensors, numbers and texts.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
+            _check_records(file)
+            stack.enter_context(torch.serialization.safe_globals([io.BytesIO]))  # what an extra state is wrapped in
+            if isinstance(source, Path):
+                return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except _DAMAGED as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{label} is damaged or not trusted ({reason}); copy it again") from error
+
+
+def load_tensors(source: Path | IO[bytes], label: str) -> dict[str, Tensor]:
+    """The flat dictionary of tensors that torch.save wrote, extra states left out; see `load`."""
+    stored = load(source, label)
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{label} is no flat dictionary of tensors, but a {type(stored).__name__}")
+    kept = {str(name): value for name, value in stored.items() if not str(name).endswith(EXTRA_STATE)}
+    for name, value in kept.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{label} is no flat dictionary of tensors: {name} is a {type(value).__name__}")
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise CheckpointError(f"{label}: {name} is no plain tensor")
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{label}: {name} claims {value.nbytes} bytes, more than are stored; not trusted")
+    return {name: value.detach() for name, value in kept.items()}
+
+
+def _check_records(file: IO[bytes]) -> None:
+    size = file.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(file) as records:
+        for record in records.infolist():
+            packed = record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size
+            if packed or record.header_offset + record.compress_size > size:
+                raise ValueError(f"record {record.filename!r} is compressed, or longer than the file")
+    file.seek(0)

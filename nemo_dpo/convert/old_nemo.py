@@ -1,0 +1,249 @@
+"""NeMo 1.x's `.nemo` → megatron-core's: one table of names, read by the converters' engine.
+
+NeMo 1.x had a GPT of its own, with names such as `model.language_model.encoder.layers.0.self_attention.dense.weight`.
+Its parameters are megatron-core's under other names: the rows of its fused query, key and value are those of head 0's
+query, key and value, then of head 1's, and so on, which is megatron-core's order for as many query groups as heads (it
+knew no others); its fused gate lies above its up projection. Names, layout and defaults are those of NeMo 1.22 by
+reading (`language_model.py`, `attention.py`, `mlp.py`).
+
+Norms get the names of Transformer Engine's layers (`linear_qkv.layer_norm_weight`), which is how checkpoints name them
+whichever layers train them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from nemo_dpo.checkpoint import CheckpointError, archive
+from nemo_dpo.checkpoint.fingerprint import pieces
+from nemo_dpo.checkpoint.stored import Weights
+from nemo_dpo.checkpoint.weights import ZARR, Chunk, kind_of, read_weights, write_weights
+from nemo_dpo.convert import engine
+from nemo_dpo.convert.family import Config, dims_of
+from nemo_dpo.convert.legacy import LAYER, Join, LegacyWeights, plain_name
+from nemo_dpo.convert.rules import Copy, Dims, GatedMlp, Param, Rule, Table
+from nemo_dpo.model.architecture import Architecture, stated_vocab_size
+from nemo_dpo.tokenizer import load_tokenizer
+
+OLD = "model.language_model."
+NEW = "model."
+EMBEDDING = "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
+NEW_LAYERS = "decoder.layers"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A parameter.
+
+    Attributes:
+        nemo: megatron-core's key below `model.`, without a layer number.
+        old: NeMo 1.x's name below `model.language_model.`.
+        dims: its shape, in names of `SourceDims.sizes`.
+        join: how tensor-parallel ranks share it.
+        when: the feature (see `features`) without which a model lacks it; empty: every model has it.
+    """
+
+    nemo: str
+    old: str
+    dims: str
+    join: Join = Join.SAME
+    when: str = ""
+
+
+def _layer(nemo: str, old: str, dims: str, join: Join = Join.SAME, when: str = "") -> Line:
+    """A parameter that every transformer layer has; names within the layer."""
+    return Line(f"{NEW_LAYERS}.{nemo}", f"encoder.layers.{LAYER}.{old}", dims, join, when)
+
+
+LINES = (
+    Line(EMBEDDING, EMBEDDING, "padded hidden", Join.ROWS),
+    Line(POSITIONS, POSITIONS, "positions hidden", when="learned positions"),
+    _layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden"),
+    _layer("self_attention.linear_qkv.layer_norm_bias", "input_layernorm.bias", "hidden", when="norm bias"),
+    _layer("self_attention.linear_qkv.weight", "self_attention.query_key_value.weight", "qkv hidden", Join.ROWS),
+    _layer("self_attention.linear_qkv.bias", "self_attention.query_key_value.bias", "qkv", Join.ROWS, "qkv bias"),
+    _layer("self_attention.linear_proj.weight", "self_attention.dense.weight", "hidden q", Join.COLUMNS),
+    _layer("self_attention.linear_proj.bias", "self_attention.dense.bias", "hidden", when="bias"),
+    _layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "hidden"),
+    _layer("mlp.linear_fc1.layer_norm_bias", "post_attention_layernorm.bias", "hidden", when="norm bias"),
+    _layer("mlp.linear_fc1.weight", "mlp.dense_h_to_4h.weight", "ffn hidden", Join.ROWS, "no gate"),
+    _layer("mlp.linear_fc1.bias", "mlp.dense_h_to_4h.bias", "ffn", Join.ROWS, "no gate, bias"),
+    _layer("mlp.linear_fc1.weight", "mlp.dense_h_to_4h.weight", "gated hidden", Join.HALVES, "fused gate"),
+    _layer("mlp.linear_fc1.bias", "mlp.dense_h_to_4h.bias", "gated", Join.HALVES, "fused gate, bias"),
+    # Of activations without `fast-` the other projection is a tensor of its own, `dense_h_to_4h_2`.
+    _layer("mlp.linear_fc1.weight", "mlp.dense_h_to_4h.weight", "ffn hidden", Join.ROWS, "split gate"),
+    _layer("mlp.linear_fc1.bias", "mlp.dense_h_to_4h.bias", "ffn", Join.ROWS, "split gate, bias"),
+    _layer("mlp.linear_fc2.weight", "mlp.dense_4h_to_h.weight", "hidden ffn", Join.COLUMNS),
+    _layer("mlp.linear_fc2.bias", "mlp.dense_4h_to_h.bias", "hidden", when="bias"),
+    Line("decoder.final_layernorm.weight", "encoder.final_layernorm.weight", "hidden"),
+    Line("decoder.final_layernorm.bias", "encoder.final_layernorm.bias", "hidden", when="norm bias"),
+    Line("output_layer.weight", "output_layer.weight", "padded hidden", Join.ROWS, "untied"),
+)
+# The last stage's copy of a tied embedding.
+TIED_COPY = {OLD: "model.word_embeddings.weight", NEW: "model.output_layer.weight"}
+DERIVED = (".inv_freq",)
+# Keys of NeMo 1.x that change what a model computes, and the values at which it is what megatron-core computes.
+REQUIRED = {"megatron_legacy": (None, False), "multi_query_attention": (None, False)}
+SPLIT_ACTIVATIONS = ("swiglu", "geglu", "reglu")
+TANH_WHEN_FUSED = ("gelu", "geglu", "fast-geglu")
+ONE_RANK = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "sequence_parallel": False,
+}
+
+
+class SourceDims(Dims):
+    """Sizes of an older checkpoint: also the rows that its embedding really has."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {**super().sizes, "gated": 2 * self.ffn, "padded": self.padded_vocab}
+
+
+@contextlib.contextmanager
+def open_modern(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """As `archive.open_folder`, of any layout: what is older is rewritten beside it, and removed afterwards."""
+    with archive.open_folder(path, scratch, archive.check_any_layout) as folder:
+        if (folder / archive.MODEL_WEIGHTS).is_dir():
+            yield folder
+            return
+        with tempfile.TemporaryDirectory(prefix="nemo_dpo_", dir=scratch) as rewritten:
+            write_modern(folder, Path(rewritten))
+            yield Path(rewritten)
+
+
+def write_modern(folder: Path, target: Path) -> None:
+    """Write the extracted archive `folder` of any layout into the folder `target` as megatron-core's.
+
+    Raises:
+        CheckpointError, ArchitectureError, TokenizerError: anything missing, damaged, unsupported or unmatched, or
+            nothing to do.
+    """
+    config = archive.read_model_config(folder)
+    weights = folder / archive.MODEL_WEIGHTS
+    if weights.is_dir():
+        stored = read_weights(weights)
+        if kind_of(weights) != ZARR and all(plain_name(name) == name for name in stored):
+            raise CheckpointError(f"{folder}: is a checkpoint of megatron-core already; there is nothing to convert")
+        chunks = _respelled(stored)
+    else:
+        prefix = NEW if config.get("mcore_gpt") else OLD
+        config, chunks = _converted(config, prefix, folder)
+    left = (archive.MODEL_CONFIG, archive.MODEL_WEIGHTS, *(f"{name}*" for name in archive.LEGACY_WEIGHTS))
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*left), dirs_exist_ok=True)
+    write_weights(target / archive.MODEL_WEIGHTS, chunks)
+    archive.write_model_config(config, target)
+
+
+def modern_config(config: Config, vocab_size: int) -> Config:
+    """The model_config.yaml of NeMo 1.x's GPT → megatron-core's that computes the same.
+
+    Raises:
+        CheckpointError, ArchitectureError: the model computes what megatron-core, or this package, does not.
+    """
+    heads = config.get("num_attention_heads")
+    for key, values in {**REQUIRED, "num_query_groups": (None, heads)}.items():
+        if config.get(key) not in values:
+            raise CheckpointError(
+                f"model_config.yaml: {key}={config[key]!r} cannot be converted, only {', '.join(map(str, values))}"
+            )
+    activation = config.get("activation", "gelu")
+    modern = {**config, **ONE_RANK, "mcore_gpt": True, "transformer_engine": True, "vocab_size": vocab_size}
+    modern["activation"] = f"fast-{activation}" if activation in SPLIT_ACTIVATIONS else activation
+    hidden = config.get("hidden_size")
+    modern["ffn_hidden_size"] = config.get("ffn_hidden_size") or (4 * hidden if isinstance(hidden, int) else None)
+    # NeMo's kernel that adds the bias before GELU has OpenAI's formula of it.
+    fused = config.get("bias_activation_fusion", config.get("bias_gelu_fusion", True))
+    if activation in TANH_WHEN_FUSED and fused and config.get("bias", True):
+        modern["openai_gelu"] = True
+    Architecture.parse(modern)
+    return modern
+
+
+def features(config: Config, prefix: str) -> set[str]:
+    """What the model of a model_config.yaml has, in the words of `Line.when`."""
+    activation = str(config.get("activation", "gelu"))
+    gate = "no gate"
+    if activation.endswith(SPLIT_ACTIVATIONS):
+        gate = "split gate" if activation in SPLIT_ACTIVATIONS and prefix == OLD else "fused gate"
+    bias = bool(config.get("bias", True))
+    present = {
+        "learned positions": config.get("position_embedding_type", "learned_absolute") == "learned_absolute",
+        "norm bias": config.get("normalization", "layernorm") != "rmsnorm",
+        "qkv bias": bias or bool(config.get("qkv_bias")),
+        "bias": bias,
+        "untied": not config.get("share_embeddings_and_output_weights", True),
+        gate: True,
+    }
+    return {name for name, there in present.items() if there}
+
+
+def table_of(config: Config, prefix: str) -> tuple[Table, dict[str, Join]]:
+    """The parameter table of the model of a model_config.yaml, and how ranks share what is in it.
+
+    Args:
+        prefix: OLD for NeMo 1.x's names, NEW for megatron-core's, which files of that layout may also have.
+    """
+    has = features(config, prefix)
+    rules: list[Rule] = []
+    joins: dict[str, Join] = {}
+    for line in (line for line in LINES if not line.when or has.issuperset(line.when.split(", "))):
+        names = [_source(line, prefix)]
+        if "split gate" in line.when:
+            names.append(names[0].replace("dense_h_to_4h", "dense_h_to_4h_2"))
+        rule = Copy if len(names) == 1 else GatedMlp
+        rules.append(rule(line.nemo, tuple(Param(name, line.dims) for name in names)))
+        joins |= dict.fromkeys(names, line.join)
+    tied = {} if "untied" in has else {TIED_COPY[prefix]: _source(LINES[0], prefix)}
+    return Table(tuple(rules), tied=tied, derived=DERIVED, config=archive.MODEL_CONFIG), {
+        **joins,
+        **dict.fromkeys(tied, Join.ROWS),
+    }
+
+
+def _source(line: Line, prefix: str) -> str:
+    return prefix + (line.old if prefix == OLD else line.nemo.replace(NEW_LAYERS, f"{NEW_LAYERS}.{LAYER}"))
+
+
+def _converted(config: Config, prefix: str, folder: Path) -> tuple[Config, Iterator[Chunk]]:
+    """The new config and the new weights of files in the older layout."""
+    vocab_size = stated_vocab_size(config) or load_tokenizer(config.get("tokenizer") or {}, folder).vocab_size
+    table, joins = table_of(config, prefix)
+    modern = modern_config(config, vocab_size) if prefix == OLD else {**config, **ONE_RANK, "vocab_size": vocab_size}
+    arch, weights = Architecture.parse(modern), LegacyWeights(folder, joins)
+    _check_ranks(config, weights, folder)
+    embedding = _source(LINES[0], prefix)
+    rows = weights[embedding].shape[0] if embedding in weights else 0
+    if rows < vocab_size:
+        raise CheckpointError(f"{folder}: the embedding has {rows} rows, fewer than the vocabulary of {vocab_size}")
+    sizes = {field.name: getattr(dims_of(modern), field.name) for field in fields(Dims)}
+    dims = SourceDims(**{**sizes, "padded_vocab": rows, "positions": arch.max_position_embeddings})
+    return modern, engine.to_chunks(table, dims, weights, None)
+
+
+def _check_ranks(config: Config, weights: LegacyWeights, folder: Path) -> None:
+    """Refuse files that are fewer than the config says; the last ranks may not have been copied."""
+    found = {"tensor_model_parallel_size": weights.ranks, "pipeline_model_parallel_size": weights.stages}
+    for key, count in found.items():
+        stated = config.get(key)
+        if isinstance(stated, int) and stated > count:
+            raise CheckpointError(f"{folder}: {key} is {stated}, but there are files of {count}; copy the rest")
+    if weights.num_layers != config.get("num_layers"):
+        raise CheckpointError(
+            f"{folder}: holds {weights.num_layers} layers, model_config.yaml says {config.get('num_layers')}"
+        )
+
+
+def _respelled(weights: Weights) -> Iterator[Chunk]:
+    """The same weights, piece by piece, with norms named as in Transformer Engine's layers."""
+    for name, layer in pieces(weights):
+        tensor = weights[name] if layer is None else weights.layer(name, layer)
+        yield Chunk(plain_name(name), tensor, layer, 0 if layer is None else weights.shape(name)[0])

@@ -1,0 +1,96 @@
+"""Deliberate bugs in the tools around the tables: streaming, comparing, the scripts."""
+
+from __future__ import annotations
+
+from tests.mutants.mutation import Mutation
+
+COMPARE = "nemo_dpo/convert/compare.py"
+VERIFY = "tests/convert/test_verify.py::"
+MEMORY = "tests/convert/test_memory.py::"
+
+TOOL_MUTATIONS = (
+    Mutation(
+        "verify passes over a difference",
+        COMPARE,
+        "            found.parameters.append(difference)\n",
+        "            pass\n",
+        f"{VERIFY}test_a_vocabulary_shifted_by_one_row",
+    ),
+    Mutation(
+        "verify compares values, not bits",
+        COMPARE,
+        "torch.equal(_bits(x), _bits(y)) for x, y",
+        "torch.equal(x, y) for x, y",
+        f"{VERIFY}test_it_is_bits_that_count[minus zero]",
+    ),
+    Mutation(
+        "verify compares the first block of a tensor",
+        COMPARE,
+        "return zip(a.reshape(-1).split(BLOCK), b.reshape(-1).split(BLOCK), strict=True)",
+        "return iter([(a.reshape(-1)[:BLOCK], b.reshape(-1)[:BLOCK])])",
+        f"{VERIFY}test_a_difference_in_the_last_block_is_found_and_placed",
+    ),
+    Mutation(
+        "verify ignores the configuration",
+        COMPARE,
+        "return not self.config and not self.parameters",
+        "return not self.parameters",
+        f"{VERIFY}test_configuration[rope]",
+    ),
+    Mutation(
+        "verify accepts any logits",
+        "nemo_dpo/convert/logits.py",
+        "return self.amount <= TOLERANCE * self.scale",
+        "return True",
+        f"{VERIFY}test_the_largest_difference_of_logits",
+    ),
+    Mutation(
+        "verify always says equal to the shell",
+        "nemo_dpo/convert/cli.py",
+        "return 0 if equal else 1",
+        "return 0",
+        f"{VERIFY}test_models_of_other_sizes",
+    ),
+    Mutation(
+        "an archive is not read again",
+        "nemo_dpo/convert/run.py",
+        "check=check if verify else None",
+        "check=None",
+        f"{VERIFY}test_a_weight_that_is_written_wrong_is_noticed",
+    ),
+    Mutation(
+        "an export is not read again",
+        "nemo_dpo/convert/run.py",
+        "            check_same(nemo, open_hf(target), dtype)\n",
+        "            pass\n",
+        f"{VERIFY}test_an_export_that_is_written_wrong_is_noticed",
+    ),
+    Mutation(
+        "vocabulary exported one row off",
+        "nemo_dpo/convert/rules.py",
+        "return (tensor[: dims.vocab],)",
+        "return (tensor[1 : dims.vocab + 1],)",
+        "tests/convert/test_rules.py::test_vocabulary_is_padded_with_zeros_and_cut",
+    ),
+    Mutation(
+        "all tensors of a model in memory",
+        "nemo_dpo/convert/hf.py",
+        "stream = iter(tensors)",
+        "stream = iter(list(tensors))",
+        f"{MEMORY}test_a_shard_is_written_one_tensor_at_a_time",
+    ),
+    Mutation(
+        "a written tensor lives on while the next one is made",
+        "nemo_dpo/checkpoint/weights.py",
+        "            del chunk  # or",
+        "            pass  # or",
+        f"{MEMORY}test_a_nemo_is_written_one_tensor_at_a_time",
+    ),
+    Mutation(
+        "a converter takes any family",
+        "nemo_dpo/convert/run.py",
+        "if families and model_type not in families:",
+        "if False:",
+        "tests/convert/test_cli.py::test_a_script_refuses_another_family_by_name[qwen2]",
+    ),
+)

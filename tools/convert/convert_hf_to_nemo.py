@@ -1,0 +1,20 @@
+#!/usr/bin/env python3
+"""Convert a model from Hugging Face's format to a `.nemo` archive for megatron-core.
+
+    python tools/convert/convert_hf_to_nemo.py --input_name_or_path /path/to/model --output_path mcore_gpt.nemo
+
+Every family that is supported; which one it is says config.json.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.pop(0)  # this folder, whose inspect.py would hide Python's
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from nemo_dpo.convert import cli
+
+main = cli.hf_to_nemo_script(__doc__)
+
+if __name__ == "__main__":
+    sys.exit(main())
