@@ -27,12 +27,12 @@ from nemo_dpo.convert.families import family_of_nemo
 from nemo_dpo.convert.family import dims_of
 from nemo_dpo.convert.hf import HfWeights, read_json, save_safetensors, write_json
 from nemo_dpo.convert.rules import Rule, interleave, separate
-from nemo_dpo.convert.run import move_into_place, temporary_folder
+from nemo_dpo.convert.run import ADAPTER_CONFIG as CONFIG_FILE
+from nemo_dpo.convert.run import check_folder_target, move_into_place, temporary_folder
 from nemo_dpo.lora.file import AdapterFile, Part, parts
 from nemo_dpo.lora.spec import TARGETS, LoraSpec
 from nemo_dpo.model.architecture import completed
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # Keys of adapter_config.json that are read, or that do not change what a finished adapter computes.
@@ -77,7 +77,7 @@ def peft_to_nemo(source: Path, base: Path, output: Path, *, overwrite: bool = Fa
 
 def nemo_to_peft(source: Path, output: Path, *, overwrite: bool = False) -> None:
     """Convert the adapter `.nemo` `source` to the PEFT folder `output`, which appears only when it is complete."""
-    archive.check_target(output, overwrite=overwrite)
+    check_folder_target(output, overwrite=overwrite)
     config = archive.read_model_config(source)
     peft, tensors = export_peft(read_adapter(source, dimensions_of(config)), config)
     with temporary_folder(output) as folder:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_dpo.checkpoint import CheckpointError, archive
+from nemo_dpo.checkpoint import CheckpointError
 from nemo_dpo.convert.hf import local_folder, write_safetensors
-from nemo_dpo.convert.run import dtype_of, move_into_place, temporary_folder
+from nemo_dpo.convert.run import check_folder_target, dtype_of, move_into_place, temporary_folder
 from nemo_dpo.convert.safetensors_file import Entry
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def gguf_to_hf(source: Path, output: Path, *, precision: str, overwrite: bool) -
     Raises:
         CheckpointError: no or several GGUF files, another architecture, unknown tensors, a failed check.
     """
-    archive.check_target(output, overwrite=overwrite)
+    check_folder_target(output, overwrite=overwrite)
     with temporary_folder(output) as folder, _located(source) as gguf_file:
         fields, tensors = _read(gguf_file)
         _write_config(fields, "output.weight" not in {t.name for t in tensors}, str(dtype_of(precision)), folder)
@@ -130,7 +130,21 @@ def _read(file: Path) -> tuple[dict[str, Any], list[Any]]:
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise CheckpointError(f"{file}: GGUF architecture {architecture!r} is not supported, only 'llama'")
+    _check_rope(fields, file)
     return fields, list(reader.tensors)
+
+
+def _check_rope(fields: dict[str, Any], file: Path) -> None:
+    """Scaled frequencies, and rotation of a part of a head, are said in the metadata alone: no tensor shows them."""
+    scaling = {key: value for key, value in fields.items() if key.startswith("llama.rope.scaling.")}
+    if scaling.get("llama.rope.scaling.type", "none" if not scaling else "linear") != "none":
+        raise CheckpointError(f"{file}: {scaling} scales RoPE, which is not supported; convert the original model")
+    head = fields["llama.embedding_length"] // fields["llama.attention.head_count"]
+    head, rotated = fields.get("llama.attention.key_length", head), fields.get("llama.rope.dimension_count")
+    if rotated not in (None, head):
+        raise CheckpointError(
+            f"{file}: llama.rope.dimension_count={rotated} of {head} is not supported, only all of a head"
+        )
 
 
 def _write_config(fields: dict[str, Any], tied: bool, dtype: str, folder: Path) -> None:

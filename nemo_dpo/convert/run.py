@@ -23,7 +23,8 @@ from nemo_dpo.tokenizer import ARTEFACT, copy_hf_files, export_tokenizer
 
 logger = logging.getLogger(__name__)
 
-GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG, ADAPTER_CONFIG = "generation_config.json", "adapter_config.json"
+EXPORTED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".md")  # what an export, and a model card, consist of
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 NEMO_VERSION = "2.0.0"
@@ -173,7 +174,7 @@ def nemo_to_hf(
         ArchitectureError, CheckpointError, TokenizerError: anything missing, damaged, unsupported, unmatched or not
             meant.
     """
-    archive.check_target(output, overwrite=overwrite)
+    check_folder_target(output, overwrite=overwrite)
     dtype = dtype_of(precision)
     with temporary_folder(output) as target, open_nemo(source, target.parent, families) as nemo:
         check_family(nemo.family.model_type, families, str(source))
@@ -207,10 +208,35 @@ def temporary_folder(output: Path) -> Iterator[Path]:
         raise SaveError(f"{output}: cannot be written ({error.strerror or error}); is the disk full?") from error
 
 
+def check_folder_target(output: Path, *, overwrite: bool) -> None:
+    """Refuse to write onto something that exists, unless asked to; never replace what is no earlier export.
+
+    Raises:
+        CheckpointError: it exists, and `overwrite` is false, or it is no folder with the files of a model or an adapter
+            and nothing else.
+    """
+    archive.check_target(output, overwrite=overwrite)
+    entries = list(output.iterdir()) if output.is_dir() else []
+    foreign = [entry.name for entry in entries if entry.is_dir() or entry.suffix not in EXPORTED]
+    known = not entries or any((output / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
+    if output.exists() and (foreign or not known or not output.is_dir()):
+        what = f"it holds {sorted(foreign)[0]!r}" if foreign else f"it holds no {CONFIG}"
+        raise CheckpointError(
+            f"{output}: is not overwritten, for it is no folder of an earlier export ({what}); choose another one"
+        )
+
+
 def move_into_place(folder: Path, output: Path) -> None:
-    """Rename `folder` to `output`; what was there before goes only after the new one is complete."""
-    if output.exists():
-        old = folder.parent / "replaced"
-        output.rename(old)
-    folder.rename(output)
+    """Rename `folder` to `output`; what was there before goes only after the new one is complete and on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        archive.sync_folder(path)
+    old = folder.parent / "replaced"
+    try:
+        if output.exists():
+            output.rename(old)
+        folder.rename(output)
+    except BaseException:
+        if old.exists() and not output.exists():
+            old.rename(output)
+        raise
     archive.sync_folder(output.parent)

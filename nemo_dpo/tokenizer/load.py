@@ -261,7 +261,7 @@ def resolve_artefact(value: str, folder: Path) -> Path | str:
         return value
     name = value.removeprefix(ARTEFACT)
     path = folder / name
-    if Path(name).name != name or not path.exists():
+    if name in ("", "..") or Path(name).name != name or not path.exists():
         raise TokenizerError(f"tokenizer artefact {value!r} is not in the checkpoint; it is incomplete or not trusted")
     return path
 

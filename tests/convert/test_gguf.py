@@ -38,6 +38,9 @@ def write_gguf(path: Path, source: Path, heads: int, groups: int, **changes: Any
     writer.add_head_count_kv(groups)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(100000.0)
+    for key, value in changes.get("rope", {}).items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+        add(f"llama.rope.{key}", value)
     add_tokenizer(writer, source)
     hf_names = {value: key for key, value in gguf.LAYER_NAMES.items()}
     for name, tensor in tensors.items():
@@ -125,7 +128,12 @@ def test_the_check_catches_a_model_that_predicts_nothing(llama: Any, tmp_path: P
 
 @pytest.mark.parametrize(
     ("changes", "match"),
-    [({"architecture": "qwen2"}, "'qwen2'"), ({"extra": "rope_freqs.weight"}, "'rope_freqs.weight'")],
+    [
+        ({"architecture": "qwen2"}, "'qwen2'"),
+        ({"extra": "rope_freqs.weight"}, "'rope_freqs.weight'"),
+        ({"rope": {"scaling.type": "linear", "scaling.factor": 4.0}}, "scales RoPE"),
+        ({"rope": {"dimension_count": 4}}, "dimension_count=4 of 8"),
+    ],
 )
 def test_what_is_not_a_plain_llama_is_refused(llama: Any, tmp_path: Path, changes: dict[str, Any], match: str) -> None:
     write_gguf(tmp_path / "tiny.gguf", llama(), 9, 3, **changes)

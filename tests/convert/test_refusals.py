@@ -11,6 +11,7 @@ import torch
 
 from nemo_dpo.checkpoint import CheckpointError, archive
 from nemo_dpo.convert import hf_to_nemo, nemo_to_hf
+from nemo_dpo.convert.hf import read_json
 from nemo_dpo.model.architecture import ArchitectureError
 from nemo_dpo.tokenizer import TokenizerError
 from tests.convert.conftest import hf_tensors
@@ -196,6 +197,46 @@ def test_an_existing_output_is_replaced_only_on_request(llama: Any, tmp_path: Pa
     with pytest.raises(CheckpointError, match="exists already"):
         nemo_to_hf(nemo, back)
     assert (back / "notes.txt").read_text() == "precious"
+    (back / "config.json").write_text("{}")  # as of an earlier export
     nemo_to_hf(nemo, back, overwrite=True)
-    assert (back / "config.json").is_file() and not (back / "notes.txt").exists()
+    assert read_json(back / "config.json")["model_type"] == "llama" and not (back / "notes.txt").exists()
     assert {entry.name for entry in tmp_path.iterdir()} == {"hf", "model.nemo", "back"}
+
+
+@pytest.mark.parametrize("what", ["config.json is missing", "another file", "a folder", "no folder"])
+def test_what_is_no_earlier_export_is_never_replaced(converted: tuple[Path, Path], tmp_path: Path, what: str) -> None:
+    """Such as the folder that holds the checkpoint itself."""
+    _, nemo = converted
+    output, precious = tmp_path / "out", tmp_path / "out" / "precious.nemo"
+    if what == "no folder":
+        output.write_text("precious")
+    else:
+        output.mkdir()
+        (output / ("tokenizer.json" if what == "config.json is missing" else "config.json")).write_text("{}")
+        if what == "a folder":
+            (output / "work").mkdir()
+        elif what == "another file":
+            precious.write_text("precious")
+    before = sorted(output.rglob("*"))
+    with pytest.raises(CheckpointError, match="no folder of an earlier export"):
+        nemo_to_hf(nemo, output, overwrite=True)
+    assert output.exists() and sorted(output.rglob("*")) == before
+
+
+def test_a_rename_that_fails_puts_the_earlier_folder_back(
+    converted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, nemo = converted
+    output, rename = tmp_path / "out", Path.rename
+    nemo_to_hf(nemo, output)
+    before = (output / "model.safetensors").stat().st_ino
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == "content":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(KeyboardInterrupt):
+        nemo_to_hf(nemo, output, overwrite=True)
+    assert (output / "model.safetensors").stat().st_ino == before

@@ -131,6 +131,7 @@ def test_append_eod_ends_a_sentencepiece_response_once(sentencepiece_model: Path
         ({"library": "huggingface", "type": None}, "tokenizer.type is empty"),
         ({"library": "huggingface", "type": "nemo:missing"}, "'nemo:missing' is not in the checkpoint"),
         ({"library": "sentencepiece", "model": "nemo:../outside"}, "is not in the checkpoint"),
+        ({"library": "huggingface", "type": "nemo:.."}, "is not in the checkpoint"),
         ({"library": "huggingface", "type": "nemo:empty"}, "no tokenizer that transformers can read"),
         ({"library": "sentencepiece", "model": "nemo:text"}, "no SentencePiece model"),
     ],
