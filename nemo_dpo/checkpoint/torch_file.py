@@ -51,8 +51,12 @@ def load(source: Path | IO[bytes], label: str) -> Any:
                 return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
             return torch.load(file, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{label} is damaged or not trusted ({reason}); copy it again") from error
+        raise CheckpointError(f"{label} is damaged or not trusted ({reason(error)}); copy it again") from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of what torch says, or the name of an error that says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def load_tensors(source: Path | IO[bytes], label: str) -> dict[str, Tensor]:

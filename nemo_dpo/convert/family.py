@@ -14,10 +14,17 @@ from typing import Any
 from nemo_dpo.checkpoint import CheckpointError
 from nemo_dpo.convert.rope import LLAMAS_ROPE, RopeKeys, rope_from_hf, rope_from_nemo, rope_to_hf, rope_to_nemo
 from nemo_dpo.convert.rules import Dims, Table
-from nemo_dpo.model.architecture import DERIVED, Architecture, completed
+from nemo_dpo.model.architecture import DERIVED, Architecture, completed, padded_vocab_size
 
 Config = dict[str, Any]
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+# The layout that a written model_config.yaml names: weights fit any.
+ONE_RANK = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "sequence_parallel": False,
+}
 # Fields of `Architecture` in which two configs of one model may differ: what only training or a layout goes by, and the
 # size that the tokenizer decides where NeMo's config is silent. Shapes of weights are checked one by one.
 INCIDENTAL = ("hidden_dropout", "attention_dropout", "make_vocab_size_divisible_by", "vocab_size")
@@ -69,11 +76,6 @@ class Family:
     def hf_names(self) -> dict[str, str]:
         """NeMo's key → Hugging Face's."""
         return {key.nemo: key.hf for key in self.keys}
-
-
-def padded_vocab_size(vocab_size: int, divisor: int) -> int:
-    """`vocab_size` rounded up to a multiple of `divisor`."""
-    return -(-vocab_size // divisor) * divisor
 
 
 def dims_of(config: Config) -> Dims:

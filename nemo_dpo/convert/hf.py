@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_dpo.checkpoint import CheckpointError, SaveError
-from nemo_dpo.checkpoint.torch_file import load_tensors
+from nemo_dpo.checkpoint.torch_file import load_tensors, reason
 from nemo_dpo.convert.safetensors_file import Entry, SafetensorsFile, write_file
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,7 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
         logger.warning("%s: written by torch before 1.6; read as a whole, into memory", path)
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: truncated or damaged ({reason}); copy it again") from error
+        raise CheckpointError(f"{path}: truncated or damaged ({reason(error)}); copy it again") from error
     if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise CheckpointError(f"{path}: is no dictionary of tensors")
     return stored

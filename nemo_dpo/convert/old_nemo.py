@@ -24,7 +24,18 @@ from nemo_dpo.checkpoint.fingerprint import pieces
 from nemo_dpo.checkpoint.stored import Weights
 from nemo_dpo.checkpoint.weights import ZARR, Chunk, kind_of, read_weights, write_weights
 from nemo_dpo.convert import engine
-from nemo_dpo.convert.family import Config, dims_of
+from nemo_dpo.convert.families.common import (
+    ATTENTION_NORM,
+    FC1,
+    FC2,
+    FINAL_NORM,
+    MLP_NORM,
+    POSITIONS,
+    PROJ,
+    QKV,
+    WORDS,
+)
+from nemo_dpo.convert.family import ONE_RANK, Config, dims_of
 from nemo_dpo.convert.legacy import LAYER, Join, LegacyWeights, plain_name
 from nemo_dpo.convert.rules import Copy, Dims, GatedMlp, Param, Rule, Table
 from nemo_dpo.model.architecture import Architecture, stated_vocab_size
@@ -32,8 +43,6 @@ from nemo_dpo.tokenizer import load_tokenizer
 
 OLD = "model.language_model."
 NEW = "model."
-EMBEDDING = "embedding.word_embeddings.weight"
-POSITIONS = "embedding.position_embeddings.weight"
 NEW_LAYERS = "decoder.layers"
 
 
@@ -57,32 +66,32 @@ class Line:
 
 
 def _layer(nemo: str, old: str, dims: str, join: Join = Join.SAME, when: str = "") -> Line:
-    """A parameter that every transformer layer has; names within the layer."""
-    return Line(f"{NEW_LAYERS}.{nemo}", f"encoder.layers.{LAYER}.{old}", dims, join, when)
+    """A parameter that every transformer layer has; `old` is its name within the layer."""
+    return Line(nemo, f"encoder.layers.{LAYER}.{old}", dims, join, when)
 
 
 LINES = (
-    Line(EMBEDDING, EMBEDDING, "padded hidden", Join.ROWS),
+    Line(WORDS, WORDS, "padded hidden", Join.ROWS),
     Line(POSITIONS, POSITIONS, "positions hidden", when="learned positions"),
-    _layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden"),
-    _layer("self_attention.linear_qkv.layer_norm_bias", "input_layernorm.bias", "hidden", when="norm bias"),
-    _layer("self_attention.linear_qkv.weight", "self_attention.query_key_value.weight", "qkv hidden", Join.ROWS),
-    _layer("self_attention.linear_qkv.bias", "self_attention.query_key_value.bias", "qkv", Join.ROWS, "qkv bias"),
-    _layer("self_attention.linear_proj.weight", "self_attention.dense.weight", "hidden q", Join.COLUMNS),
-    _layer("self_attention.linear_proj.bias", "self_attention.dense.bias", "hidden", when="bias"),
-    _layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "hidden"),
-    _layer("mlp.linear_fc1.layer_norm_bias", "post_attention_layernorm.bias", "hidden", when="norm bias"),
-    _layer("mlp.linear_fc1.weight", "mlp.dense_h_to_4h.weight", "ffn hidden", Join.ROWS, "no gate"),
-    _layer("mlp.linear_fc1.bias", "mlp.dense_h_to_4h.bias", "ffn", Join.ROWS, "no gate, bias"),
-    _layer("mlp.linear_fc1.weight", "mlp.dense_h_to_4h.weight", "gated hidden", Join.HALVES, "fused gate"),
-    _layer("mlp.linear_fc1.bias", "mlp.dense_h_to_4h.bias", "gated", Join.HALVES, "fused gate, bias"),
+    _layer(f"{ATTENTION_NORM}weight", "input_layernorm.weight", "hidden"),
+    _layer(f"{ATTENTION_NORM}bias", "input_layernorm.bias", "hidden", when="norm bias"),
+    _layer(f"{QKV}.weight", "self_attention.query_key_value.weight", "qkv hidden", Join.ROWS),
+    _layer(f"{QKV}.bias", "self_attention.query_key_value.bias", "qkv", Join.ROWS, "qkv bias"),
+    _layer(f"{PROJ}.weight", "self_attention.dense.weight", "hidden q", Join.COLUMNS),
+    _layer(f"{PROJ}.bias", "self_attention.dense.bias", "hidden", when="bias"),
+    _layer(f"{MLP_NORM}weight", "post_attention_layernorm.weight", "hidden"),
+    _layer(f"{MLP_NORM}bias", "post_attention_layernorm.bias", "hidden", when="norm bias"),
+    _layer(f"{FC1}.weight", "mlp.dense_h_to_4h.weight", "ffn hidden", Join.ROWS, "no gate"),
+    _layer(f"{FC1}.bias", "mlp.dense_h_to_4h.bias", "ffn", Join.ROWS, "no gate, bias"),
+    _layer(f"{FC1}.weight", "mlp.dense_h_to_4h.weight", "gated hidden", Join.HALVES, "fused gate"),
+    _layer(f"{FC1}.bias", "mlp.dense_h_to_4h.bias", "gated", Join.HALVES, "fused gate, bias"),
     # Of activations without `fast-` the other projection is a tensor of its own, `dense_h_to_4h_2`.
-    _layer("mlp.linear_fc1.weight", "mlp.dense_h_to_4h.weight", "ffn hidden", Join.ROWS, "split gate"),
-    _layer("mlp.linear_fc1.bias", "mlp.dense_h_to_4h.bias", "ffn", Join.ROWS, "split gate, bias"),
-    _layer("mlp.linear_fc2.weight", "mlp.dense_4h_to_h.weight", "hidden ffn", Join.COLUMNS),
-    _layer("mlp.linear_fc2.bias", "mlp.dense_4h_to_h.bias", "hidden", when="bias"),
-    Line("decoder.final_layernorm.weight", "encoder.final_layernorm.weight", "hidden"),
-    Line("decoder.final_layernorm.bias", "encoder.final_layernorm.bias", "hidden", when="norm bias"),
+    _layer(f"{FC1}.weight", "mlp.dense_h_to_4h.weight", "ffn hidden", Join.ROWS, "split gate"),
+    _layer(f"{FC1}.bias", "mlp.dense_h_to_4h.bias", "ffn", Join.ROWS, "split gate, bias"),
+    _layer(f"{FC2}.weight", "mlp.dense_4h_to_h.weight", "hidden ffn", Join.COLUMNS),
+    _layer(f"{FC2}.bias", "mlp.dense_4h_to_h.bias", "hidden", when="bias"),
+    Line(f"{FINAL_NORM}weight", "encoder.final_layernorm.weight", "hidden"),
+    Line(f"{FINAL_NORM}bias", "encoder.final_layernorm.bias", "hidden", when="norm bias"),
     Line("output_layer.weight", "output_layer.weight", "padded hidden", Join.ROWS, "untied"),
 )
 # The last stage's copy of a tied embedding.
@@ -92,12 +101,6 @@ DERIVED = (".inv_freq",)
 REQUIRED = {"megatron_legacy": (None, False), "multi_query_attention": (None, False)}
 SPLIT_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 TANH_WHEN_FUSED = ("gelu", "geglu", "fast-geglu")
-ONE_RANK = {
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "sequence_parallel": False,
-}
 
 
 class SourceDims(Dims):

@@ -12,14 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_dpo.checkpoint import CheckpointError
+from nemo_dpo.model.architecture import LLAMA3_SCALING
 
 DEFAULT_BASE = 10000.0
-LLAMA3_SCALING = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import yaml
 from nemo_dpo.checkpoint import CheckpointError, SaveError, archive
 from nemo_dpo.checkpoint.weights import stream_weights
 from nemo_dpo.convert.compare import check_same
-from nemo_dpo.convert.family import to_model_config
+from nemo_dpo.convert.family import ONE_RANK, to_model_config
 from nemo_dpo.convert.hf import read_json, write_json, write_safetensors
 from nemo_dpo.convert.opened import CONFIG, HfFolder, open_hf, open_nemo
 from nemo_dpo.model.architecture import Architecture
@@ -31,10 +31,7 @@ NEMO_VERSION = "2.0.0"
 BATCHES_AND_LAYOUT: dict[str, Any] = {
     "micro_batch_size": 1,
     "global_batch_size": 1,
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "sequence_parallel": False,
+    **ONE_RANK,
 }
 
 

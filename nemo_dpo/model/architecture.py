@@ -29,6 +29,14 @@ POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
 # MLP both read the layer's input.
 PARALLEL_RESIDUAL = "megatron_gpt_neox"
 
+# Llama 3.1's scaling of RoPE, in Hugging Face's names.
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
 # What NeMo takes a missing key, or null, for: a value, or a formula over the other keys.
 DEFAULTS: Mapping[str, object] = {
     "normalization": "layernorm",
@@ -112,13 +120,16 @@ class ArchitectureError(ValueError):
     """A `model_config.yaml` that this model code cannot build; names the key and what is known."""
 
 
+def padded_vocab_size(vocab_size: int, divisor: int) -> int:
+    """`vocab_size` rounded up to a multiple of `divisor`."""
+    return -(-vocab_size // divisor) * divisor
+
+
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's frequency scaling; megatron-core fixes every number but the factor."""
+    """Frequency scaling with the numbers of `LLAMA3_SCALING`; megatron-core fixes every one but the factor."""
 
     factor: float
-
-    FIXED = (("low_freq_factor", 1.0), ("high_freq_factor", 4.0), ("original_max_position_embeddings", 8192))
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> RopeScaling:
@@ -130,8 +141,8 @@ class RopeScaling:
         kind = entry.get("rope_type", entry.get("type"))
         if kind != "llama3":
             raise ArchitectureError(f"model_config.yaml: rope_scaling of type {kind!r} is not supported; known: llama3")
-        for key, value in cls.FIXED:
-            if float(entry.get(key, value)) != value:
+        for key, value in LLAMA3_SCALING.items():
+            if key != "factor" and float(entry.get(key, value)) != value:
                 raise ArchitectureError(
                     f"model_config.yaml: rope_scaling.{key}={entry[key]}; megatron-core computes {value} only"
                 )
@@ -200,7 +211,7 @@ class Architecture:
         bias = bool(config["bias"])
         # NeMo itself writes no numbers: there the switch alone means Llama 3.1's.
         switched_on = bool(config.get("scale_positional_embedding"))
-        scaling = config.get("rope_scaling") or ({"rope_type": "llama3", "factor": 8.0} if switched_on else None)
+        scaling = config.get("rope_scaling") or ({"rope_type": "llama3", **LLAMA3_SCALING} if switched_on else None)
         return cls(
             num_layers=int(config["num_layers"]),
             hidden_size=int(config["hidden_size"]),
@@ -248,8 +259,7 @@ class Architecture:
 
     def padded_vocab_size(self, tp_size: int) -> int:
         """Rows of the embedding over all ranks: the vocabulary rounded up so that every rank holds the same number."""
-        multiple = self.make_vocab_size_divisible_by * tp_size
-        return -(-self.vocab_size // multiple) * multiple
+        return padded_vocab_size(self.vocab_size, self.make_vocab_size_divisible_by * tp_size)
 
 
 def stated_vocab_size(config: Mapping[str, Any]) -> int | None:

@@ -20,6 +20,7 @@ COMMON = {
 NO_BIASES = {"bias": False, "qkv_bias": False}
 
 WORDS = "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
 QKV = "decoder.layers.self_attention.linear_qkv"
 PROJ = "decoder.layers.self_attention.linear_proj"
 FC1 = "decoder.layers.mlp.linear_fc1"

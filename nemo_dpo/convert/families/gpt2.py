@@ -11,6 +11,7 @@ from nemo_dpo.convert.families.common import (
     FC2,
     FINAL_NORM,
     MLP_NORM,
+    POSITIONS,
     PROJ,
     QKV,
     WORDS,
@@ -41,7 +42,7 @@ KEYS = (
 )
 WEIGHTS: tuple[Rule, ...] = (
     PaddedVocab(WORDS, (EMBEDDING,)),
-    Copy("embedding.position_embeddings.weight", (Param("transformer.wpe.weight", "positions hidden"),)),
+    Copy(POSITIONS, (Param("transformer.wpe.weight", "positions hidden"),)),
     *norm(ATTENTION_NORM, f"{LAYER}.ln_1"),
     StackedQkv(f"{QKV}.weight", (Param(f"{LAYER}.attn.c_attn.weight", "qkv hidden", transposed=True),)),
     StackedQkv(f"{QKV}.bias", (Param(f"{LAYER}.attn.c_attn.bias", "qkv"),)),

@@ -92,6 +92,27 @@ def weights_table(config: dict[str, Any], rules: tuple[Rule, ...], zeros: tuple[
     return with_head(config, EMBEDDING, HEAD, rules, zeros=zeros, derived=(".rotary_emb.inv_freq",))
 
 
+def ungated(up: str, down: str, *, bias: bool, qkv_bias: bool) -> tuple[Rule, ...]:
+    """Llama's names around an MLP without a gate, with norms that shift: Nemotron, StarCoder2.
+
+    Args:
+        up, down: the projections of the MLP.
+        bias: every projection has one.
+        qkv_bias: query, key and value have one.
+    """
+    return (
+        PaddedVocab(WORDS, (EMBEDDING,)),
+        *norm(ATTENTION_NORM, "model.layers.{layer}.input_layernorm"),
+        FusedQkv(f"{QKV}.weight", QKV_WEIGHTS),
+        *((QKV_BIAS,) if bias or qkv_bias else ()),
+        *linear(PROJ, f"{ATTENTION}.o_proj", "hidden q", bias=bias),
+        *norm(MLP_NORM, "model.layers.{layer}.post_attention_layernorm"),
+        *linear(FC1, f"{MLP}.{up}", "ffn hidden", bias=bias),
+        *linear(FC2, f"{MLP}.{down}", "hidden ffn", bias=bias),
+        *norm(FINAL_NORM, "model.norm"),
+    )
+
+
 def _table(config: dict[str, Any]) -> Table:
     if config.get("bias"):
         return weights_table(config, (*WEIGHTS, QKV_BIAS, *OTHER_BIASES))

@@ -5,22 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_dpo.convert.families import llama
-from nemo_dpo.convert.families.common import (
-    ATTENTION_NORM,
-    COMMON,
-    FC1,
-    FC2,
-    FINAL_NORM,
-    MLP_NORM,
-    PROJ,
-    QKV,
-    WORDS,
-    linear,
-    norm,
-)
+from nemo_dpo.convert.families.common import COMMON
 from nemo_dpo.convert.family import Family, Key
 from nemo_dpo.convert.rope import RopeKeys
-from nemo_dpo.convert.rules import FusedQkv, PaddedVocab, Rule, Table
+from nemo_dpo.convert.rules import Table
 
 KEYS = (
     Key("num_hidden_layers", "num_layers", 32),
@@ -38,24 +26,10 @@ KEYS = (
 )
 
 
-def _rules(bias: bool, qkv_bias: bool) -> tuple[Rule, ...]:
-    return (
-        PaddedVocab(WORDS, (llama.EMBEDDING,)),
-        *norm(ATTENTION_NORM, "model.layers.{layer}.input_layernorm"),
-        FusedQkv(f"{QKV}.weight", llama.QKV_WEIGHTS),
-        *((llama.QKV_BIAS,) if bias or qkv_bias else ()),
-        *linear(PROJ, f"{llama.ATTENTION}.o_proj", "hidden q", bias=bias),
-        *norm(MLP_NORM, "model.layers.{layer}.post_attention_layernorm"),
-        *linear(FC1, f"{llama.MLP}.up_proj", "ffn hidden", bias=bias),
-        *linear(FC2, f"{llama.MLP}.down_proj", "hidden ffn", bias=bias),
-        *norm(FINAL_NORM, "model.norm"),
-    )
-
-
 def _table(config: dict[str, Any]) -> Table:
     bias, qkv_bias = bool(config.get("bias")), bool(config.get("qkv_bias"))
     zeros = (llama.PROJ_BIAS,) if qkv_bias and not bias else ()
-    return llama.weights_table(config, _rules(bias, qkv_bias), zeros)
+    return llama.weights_table(config, llama.ungated("up_proj", "down_proj", bias=bias, qkv_bias=qkv_bias), zeros)
 
 
 FAMILY = Family(

@@ -5,24 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_dpo.convert.families import llama
-from nemo_dpo.convert.families.common import (
-    ATTENTION_NORM,
-    COMMON,
-    FC1,
-    FC2,
-    FINAL_NORM,
-    MLP_NORM,
-    PROJ,
-    QKV,
-    WORDS,
-    linear,
-    norm,
-    one_dropout,
-    window_to_hf,
-    window_to_nemo,
-)
+from nemo_dpo.convert.families.common import COMMON, one_dropout, window_to_hf, window_to_nemo
 from nemo_dpo.convert.family import Family, Key
-from nemo_dpo.convert.rules import FusedQkv, PaddedVocab, Rule, Table
+from nemo_dpo.convert.rules import Table
 
 KEYS = (
     Key("num_hidden_layers", "num_layers", 30),
@@ -41,22 +26,8 @@ KEYS = (
 )
 
 
-def _rules(bias: bool) -> tuple[Rule, ...]:
-    return (
-        PaddedVocab(WORDS, (llama.EMBEDDING,)),
-        *norm(ATTENTION_NORM, "model.layers.{layer}.input_layernorm"),
-        FusedQkv(f"{QKV}.weight", llama.QKV_WEIGHTS),
-        *((llama.QKV_BIAS,) if bias else ()),
-        *linear(PROJ, f"{llama.ATTENTION}.o_proj", "hidden q", bias=bias),
-        *norm(MLP_NORM, "model.layers.{layer}.post_attention_layernorm"),
-        *linear(FC1, f"{llama.MLP}.c_fc", "ffn hidden", bias=bias),
-        *linear(FC2, f"{llama.MLP}.c_proj", "hidden ffn", bias=bias),
-        *norm(FINAL_NORM, "model.norm"),
-    )
-
-
 def _table(config: dict[str, Any]) -> Table:
-    return llama.weights_table(config, _rules(bool(config.get("bias"))))
+    return llama.weights_table(config, llama.ungated("c_fc", "c_proj", bias=bool(config.get("bias")), qkv_bias=False))
 
 
 def _to_nemo(hf: dict[str, Any]) -> dict[str, Any]:
