@@ -1,5 +1,6 @@
 # `make help` lists the targets. Variables: VENV, PYTHON (3.11 or later), TORCH, PYTEST (arguments), JOBS (processes of
-# make test); of the quickstart PEFT (lora: an adapter in place of all weights) and ARGS.
+# make test); of the quickstart PEFT (lora: an adapter in place of all weights) and ARGS; of the
+# image ENGINE, IMAGE and BASE_IMAGE.
 VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -7,12 +8,14 @@ PYTEST ?= tests
 JOBS   ?= 2
 PEFT   ?= none
 ARGS   ?=
+ENGINE ?= docker
+IMAGE  ?= nemo_dpo
 
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint unit test-slow parity mutants clean
+.PHONY: help venv quickstart test lint unit test-slow test-image parity mutants image clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -39,7 +42,7 @@ lint: $(stamp)  ## ruff, mypy, import-linter
 	$(bin)/lint-imports
 
 # One thread per process: the tests start several ranks on the same cores.
-unit test-slow parity mutants: export OMP_NUM_THREADS := 1
+unit test-slow test-image parity mutants: export OMP_NUM_THREADS := 1
 
 # Whole files to each of JOBS processes: what a file prepares once is not prepared twice.
 unit: $(stamp)
@@ -48,11 +51,18 @@ unit: $(stamp)
 test-slow: $(stamp)  ## the long tests
 	$(bin)/python -m pytest -m slow $(PYTEST)
 
+test-image: $(stamp)  ## the container image on a plain base, built and run; as root, with buildah and mmdebstrap
+	$(bin)/python -m pytest -m image $(PYTEST)
+
 parity: $(stamp)  ## TRL's per-step figures on a real model
 	$(bin)/python -m pytest -m parity $(PYTEST)
 
 mutants: $(stamp)  ## deliberate bugs, each of which must turn a named test red
 	$(bin)/python -m pytest -m mutants $(PYTEST)
+
+image:  ## the container image; ENGINE=docker|podman|buildah, IMAGE, BASE_IMAGE
+	$(ENGINE) build --tag $(IMAGE) --build-arg REVISION=$$(git describe --always --dirty) \
+	    $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) .
 
 clean:  ## remove VENV, caches and build folders; results stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

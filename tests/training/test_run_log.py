@@ -128,3 +128,14 @@ def test_the_facts_of_a_run_lie_beside_its_checkpoints(tmp_path: Path) -> None:
     assert facts["packages"]["torch"] == version("torch")
     assert facts["packages"].keys() >= {"megatron-core", "nemo_toolkit", "lightning", "transformers"}
     assert facts["python"].startswith("3.")
+
+
+@pytest.mark.parametrize(("revision", "recorded"), [("v1.2-3-gabc", "v1.2-3-gabc"), ("", None), (None, None)])
+def test_the_revision_is_that_of_the_image_and_git_is_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None, recorded: str | None
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if revision is not None:
+        monkeypatch.setenv("NEMO_DPO_REVISION", revision)
+    save_run_facts(Config(), tmp_path)
+    assert json.loads((tmp_path / "run" / "versions.json").read_text())["git"] == recorded
