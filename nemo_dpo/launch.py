@@ -40,7 +40,7 @@ from nemo_dpo.config import (
     with_cached_reference,
 )
 from nemo_dpo.data import DataError
-from nemo_dpo.model.architecture import Architecture, ArchitectureError
+from nemo_dpo.model.architecture import Architecture, ArchitectureError, completed
 from nemo_dpo.tokenizer import TokenizerError
 from nemo_dpo.training import signals
 from nemo_dpo.training.board import Board
@@ -95,7 +95,7 @@ def _launch(config_dir: Path, config_name: str, job: str, argv: Sequence[str]) -
     model_config = read_model_config(Path(str(cfg.pretrained_checkpoint.restore_from_path)))
     # Where the vocabulary's size is left to the tokenizer, which is not read yet, any size will do here.
     Architecture.parse(model_config, tokenizer_vocab_size=1)
-    check_model(cfg, model_config)
+    check_model(cfg, completed(model_config))
     if notice := layout_notice(cfg, model_config):
         logger.info("%s", notice)
     if present is None and world > 1:

@@ -1,8 +1,8 @@
 """Keys of a checkpoint's ``model_config.yaml`` that fix the shape of the weights.
 
-They are known, so that a configuration written for NeMo-Aligner may repeat them, but the checkpoint decides: a value
-that differs from the checkpoint's is an error (:func:`nemo_dpo.config.checks.check_model`), for the weights would not
-fit or would mean something else.
+They, and a few that decide what a model computes, are known, so that a configuration written for NeMo-Aligner may
+repeat them, but the checkpoint decides: a value that differs from the checkpoint's is an error
+(:func:`nemo_dpo.config.checks.check_model`), for the weights would not fit or would mean something else.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Architecture:
     """Whether the query/key/value projection alone has a bias (Qwen2)."""
     activation: str | None = None
     """MLP activation, for example gelu or fast-swiglu."""
+    bias_activation_fusion: bool | None = None
+    """Bias and activation in NeMo's one kernel, which computes GELU by its tanh approximation."""
     position_embedding_type: str | None = None
     """rope or learned_absolute."""
     rotary_percentage: float | None = None

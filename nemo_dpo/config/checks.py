@@ -53,7 +53,7 @@ def check_layout(cfg: Config, world_size: int) -> None:
 
 
 def check_model(cfg: Config, model_config: Mapping[str, Any]) -> None:
-    """Against ``model_config``, the checkpoint's model_config.yaml: shapes, and what layers are divided by."""
+    """Against ``model_config``, the checkpoint's model_config.yaml with NeMo's defaults: shapes, and divisors."""
     _raise_if(_changed_shapes(cfg, model_config))
     _raise_if([*_divisions(cfg, model_config), *_sequence_length(cfg, model_config)])
     _raise_if([*_recompute(cfg, model_config), *_layer_selection(cfg, model_config)])
@@ -247,7 +247,7 @@ def _changed_shapes(cfg: Config, model_config: Mapping[str, Any]) -> Iterator[st
             held = {**wanted, **{key: held.get(key) for key in wanted}}
         if wanted is not None and wanted != held:
             yield (
-                f"model.{item.name}={wanted!r} differs from the checkpoint's {held!r}; the checkpoint fixes its shape, "
+                f"model.{item.name}={wanted!r} differs from the checkpoint's {held!r}; the checkpoint decides, "
                 f"so leave model.{item.name} out"
             )
 

@@ -38,7 +38,7 @@ from nemo_dpo.convert.families.common import (
 from nemo_dpo.convert.family import ONE_RANK, Config, dims_of
 from nemo_dpo.convert.legacy import LAYER, Join, LegacyWeights, plain_name
 from nemo_dpo.convert.rules import Copy, Dims, GatedMlp, Param, Rule, Table
-from nemo_dpo.model.architecture import Architecture, stated_vocab_size
+from nemo_dpo.model.architecture import Architecture, completed, stated_vocab_size
 from nemo_dpo.tokenizer import load_tokenizer
 
 OLD = "model.language_model."
@@ -100,7 +100,8 @@ DERIVED = (".inv_freq",)
 # Keys of NeMo 1.x that change what a model computes, and the values at which it is what megatron-core computes.
 REQUIRED = {"megatron_legacy": (None, False), "multi_query_attention": (None, False)}
 SPLIT_ACTIVATIONS = ("swiglu", "geglu", "reglu")
-TANH_WHEN_FUSED = ("gelu", "geglu", "fast-geglu")
+GELU = ("gelu", "geglu")
+FUSION, OLDER_FUSION = "bias_activation_fusion", "bias_gelu_fusion"  # the latter of the first versions
 
 
 class SourceDims(Dims):
@@ -158,39 +159,42 @@ def modern_config(config: Config, vocab_size: int) -> Config:
             raise CheckpointError(
                 f"model_config.yaml: {key}={config[key]!r} cannot be converted, only {', '.join(map(str, values))}"
             )
-    activation = config.get("activation", "gelu")
     modern = {**config, **ONE_RANK, "mcore_gpt": True, "transformer_engine": True, "vocab_size": vocab_size}
+    if FUSION not in modern and OLDER_FUSION in modern:
+        modern[FUSION] = modern[OLDER_FUSION]
+    modern.pop(OLDER_FUSION, None)
+    activation = config.get("activation")
     modern["activation"] = f"fast-{activation}" if activation in SPLIT_ACTIVATIONS else activation
-    hidden = config.get("hidden_size")
-    modern["ffn_hidden_size"] = config.get("ffn_hidden_size") or (4 * hidden if isinstance(hidden, int) else None)
-    # NeMo's kernel that adds the bias before GELU has OpenAI's formula of it.
-    fused = config.get("bias_activation_fusion", config.get("bias_gelu_fusion", True))
-    if activation in TANH_WHEN_FUSED and fused and config.get("bias", True):
-        modern["openai_gelu"] = True
-    Architecture.parse(modern)
-    return modern
+    arch = Architecture.parse(modern)
+    full = completed(modern)
+    if full[FUSION] and not (full["bias"] and full["activation"].endswith(GELU)):
+        raise CheckpointError(
+            f"model_config.yaml: activation={full['activation']} and bias={full['bias']} with {FUSION}, which is true "
+            "where it is missing: NeMo 1.x builds no such model, or one whose MLP has no activation; if that is not "
+            f"how it was trained, write {FUSION}: false"
+        )
+    stated = {"openai_gelu": arch.activation == "gelu_tanh", FUSION: False, "ffn_hidden_size": arch.ffn_hidden_size}
+    return {**modern, **stated}
 
 
 def features(config: Config, prefix: str) -> set[str]:
-    """What the model of a model_config.yaml has, in the words of `Line.when`."""
-    activation = str(config.get("activation", "gelu"))
-    gate = "no gate"
+    """What the model of a completed model_config.yaml has, in the words of `Line.when`."""
+    activation, gate = config["activation"], "no gate"
     if activation.endswith(SPLIT_ACTIVATIONS):
         gate = "split gate" if activation in SPLIT_ACTIVATIONS and prefix == OLD else "fused gate"
-    bias = bool(config.get("bias", True))
     present = {
-        "learned positions": config.get("position_embedding_type", "learned_absolute") == "learned_absolute",
-        "norm bias": config.get("normalization", "layernorm") != "rmsnorm",
-        "qkv bias": bias or bool(config.get("qkv_bias")),
-        "bias": bias,
-        "untied": not config.get("share_embeddings_and_output_weights", True),
+        "learned positions": config["position_embedding_type"] == "learned_absolute",
+        "norm bias": config["normalization"] != "rmsnorm",
+        "qkv bias": config["bias"] or config["qkv_bias"],
+        "bias": config["bias"],
+        "untied": not config["share_embeddings_and_output_weights"],
         gate: True,
     }
     return {name for name, there in present.items() if there}
 
 
 def table_of(config: Config, prefix: str) -> tuple[Table, dict[str, Join]]:
-    """The parameter table of the model of a model_config.yaml, and how ranks share what is in it.
+    """The parameter table of the model of a completed model_config.yaml, and how ranks share what is in it.
 
     Args:
         prefix: OLD for NeMo 1.x's names, NEW for megatron-core's, which files of that layout may also have.
@@ -219,9 +223,10 @@ def _source(line: Line, prefix: str) -> str:
 def _converted(config: Config, prefix: str, folder: Path) -> tuple[Config, Iterator[Chunk]]:
     """The new config and the new weights of files in the older layout."""
     vocab_size = stated_vocab_size(config) or load_tokenizer(config.get("tokenizer") or {}, folder).vocab_size
-    table, joins = table_of(config, prefix)
     modern = modern_config(config, vocab_size) if prefix == OLD else {**config, **ONE_RANK, "vocab_size": vocab_size}
-    arch, weights = Architecture.parse(modern), LegacyWeights(folder, joins)
+    arch = Architecture.parse(modern)
+    table, joins = table_of(completed(config), prefix)
+    weights = LegacyWeights(folder, joins)
     _check_ranks(config, weights, folder)
     embedding = _source(LINES[0], prefix)
     rows = weights[embedding].shape[0] if embedding in weights else 0

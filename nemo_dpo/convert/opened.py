@@ -27,7 +27,7 @@ from nemo_dpo.convert.hf import HfWeights, read_json
 from nemo_dpo.convert.old_nemo import open_modern
 from nemo_dpo.convert.rules import Dims, Table
 from nemo_dpo.convert.safetensors_file import Entry
-from nemo_dpo.model.architecture import stated_vocab_size
+from nemo_dpo.model.architecture import completed, stated_vocab_size
 from nemo_dpo.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG = "config.json"
@@ -55,7 +55,7 @@ class Opened(ABC):
 
     @cached_property
     def table(self) -> Table:
-        return self.family.table(self.config)
+        return self.family.table(completed(self.config))
 
     @cached_property
     def dims(self) -> Dims:

@@ -25,8 +25,9 @@ ACTIVATIONS = {
 }
 NORMALIZATIONS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm", "layernorm1p": "LayerNorm"}
 POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
-# NeMo's `name` selects the kind of layer, and NeMo refuses one that it does not know. Ours, of GPT-NeoX: attention and
-# MLP both read the layer's input.
+# NeMo's `name` selects the kind of layer, and NeMo refuses one that it does not know, null among them; a missing one is
+# the empty text. Ours, of GPT-NeoX: attention and MLP both read the layer's input.
+PLAIN_LAYER = ""
 PARALLEL_RESIDUAL = "megatron_gpt_neox"
 
 # Llama 3.1's scaling of RoPE, in Hugging Face's names.
@@ -37,20 +38,29 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 8192,
 }
 
-# What NeMo takes a missing key, or null, for: a value, or a formula over the other keys.
+# What NeMo takes a missing key for: a value, or a formula over the other keys. A null is the same, where NeMo builds no
+# model of it anyway or takes the formula, but for NULLS: OmegaConf's `get` gives NeMo the null and not the default, and
+# that counts as false, or as no known kind of position embedding.
 DEFAULTS: Mapping[str, object] = {
     "normalization": "layernorm",
     "layernorm_epsilon": 1e-5,
     "activation": "gelu",
+    "bias_activation_fusion": True,
     "bias": True,
     "qkv_bias": False,
     "share_embeddings_and_output_weights": True,
     "position_embedding_type": "learned_absolute",
     "rotary_base": 10000.0,
     "rotary_percentage": 1.0,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
     "make_vocab_size_divisible_by": 128,
+}
+NULLS: Mapping[str, object] = {
+    "bias": False,
+    "bias_activation_fusion": False,
+    "share_embeddings_and_output_weights": False,
+    "position_embedding_type": "none",
 }
 DERIVED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "ffn_hidden_size": lambda config: 4 * config["hidden_size"],
@@ -63,7 +73,15 @@ DERIVED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 # Not among them, as in 32 and bf16 it changes nothing, but true in many files: apply_query_key_layer_scaling.
 COMPUTED: Mapping[str, tuple[object, ...]] = {
     "mcore_gpt": (True,),
-    "name": ("", "megatron_gpt", "megatron_gpt_full_te_layer_autocast", "modelopt", PARALLEL_RESIDUAL),
+    # NeMo does not know `megatron_gpt`, which earlier versions of the converter wrote.
+    "name": (
+        PLAIN_LAYER,
+        "megatron_gpt",
+        "te_gpt",
+        "megatron_gpt_full_te_layer_autocast",
+        "modelopt",
+        PARALLEL_RESIDUAL,
+    ),
     "attention_type": ("multihead",),
     "transformer_block_type": ("pre_ln",),
     "normalize_attention_scores": (True,),
@@ -207,7 +225,7 @@ class Architecture:
         config = completed(config)
         _refuse_other_models(config)
         normalization = _known(config, "normalization", NORMALIZATIONS)
-        activation, gated = ACTIVATIONS[_known(config, "activation", ACTIVATIONS)]
+        activation, gated = activation_of(config)
         bias = bool(config["bias"])
         # NeMo itself writes no numbers: there the switch alone means Llama 3.1's.
         switched_on = bool(config.get("scale_positional_embedding"))
@@ -225,7 +243,7 @@ class Architecture:
             normalization=NORMALIZATIONS[normalization],
             zero_centered_norm=normalization == "layernorm1p" or bool(config.get("layernorm_zero_centered_gamma")),
             layernorm_epsilon=float(config["layernorm_epsilon"]),
-            activation="gelu_tanh" if config.get("openai_gelu") else activation,
+            activation=activation,
             gated=gated,
             linear_bias=bias,
             qkv_bias=bool(config["qkv_bias"]) and not bias,
@@ -278,9 +296,24 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A `model_config.yaml` that has the sizes and perhaps nulls, with what is missing as NeMo takes it."""
-    given = {**DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
+    stated = {key: NULLS.get(key) if value is None else value for key, value in config.items()}
+    given = {**DEFAULTS, **{key: value for key, value in stated.items() if value is not None}}
     given.setdefault("max_position_embeddings", given.get("encoder_seq_length"))
     return {**{key: formula(given) for key, formula in DERIVED.items() if key not in given}, **given}
+
+
+def activation_of(config: Mapping[str, Any]) -> tuple[str, bool]:
+    """(megatron-core's activation, whether it is a gated linear unit) of a completed `model_config.yaml`.
+
+    `bias_activation_fusion` is no mere choice of a kernel. NeMo hands it on, true where the key is missing (in
+    `build_transformer_config`, and to its own `ParallelMLP` of 1.x), and the kernels that add the bias compute GELU by
+    its tanh approximation whatever `activation` says: megatron-core's `bias_gelu` (which needs biases) and `bias_geglu`
+    (which does not). The fused SwiGLU is the unfused one. With any other activation, `openai_gelu` among them, the
+    fusion is an error there, so those of its default come from elsewhere and mean the activation that they name.
+    """
+    activation, gated = ACTIVATIONS[_known(config, "activation", ACTIVATIONS)]
+    fused = config["bias_activation_fusion"] and (gated or config["bias"])
+    return "gelu_tanh" if config.get("openai_gelu") or (activation == "gelu" and fused) else activation, gated
 
 
 def _window(size: Any) -> int | None:

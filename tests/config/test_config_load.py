@@ -336,7 +336,7 @@ def test_mirrored_keys_must_agree() -> None:
 def test_renamed_keys(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     assert {path for path, rule in RULES.items() if isinstance(rule, Renamed)} == {
-        "model.dpo.average_log_probs", "model.data.index_mapping_dir"
+        "model.dpo.average_log_probs", "model.data.index_mapping_dir", "model.bias_gelu_fusion"
     }  # fmt: skip
     cfg = load("++model.dpo.average_log_probs=true", "model.data.index_mapping_dir=idx")
     assert cfg.model.dpo.preference_average_log_probs and cfg.model.dpo.sft_average_log_probs

@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
         **ROPE, **UNTIED, **UNFUSED,
     },
     "gpt3": {"activation": "gelu"},
+    "gpt3_unfused": {"activation": "gelu", **UNFUSED},
     "split_gate": {
         "activation": "swiglu",
         "normalization": "rmsnorm",
@@ -228,7 +229,7 @@ def mlp(model: OldModel, layer: dict[str, Tensor], x: Tensor) -> Tensor:
     activation = ACTIVATIONS[str(model.config["activation"]).removeprefix("fast-")]
     # By default NeMo adds the bias in a kernel that has another formula of GELU.
     if activation is gelu and model.config.get("bias_activation_fusion", True):
-        activation = fused_gelu
+        activation = tanh_gelu
     inner = x @ layer["up"].T + layer.get("up_bias", 0.0)
     gate = x @ layer["gate"].T + layer.get("gate_bias", 0.0) if model.gated else inner
     inner = activation(gate) * (inner if model.gated else 1.0)
@@ -239,7 +240,7 @@ def gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def fused_gelu(x: Tensor) -> Tensor:
+def tanh_gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 

@@ -110,7 +110,7 @@ KEYS: dict[str, dict[str, Any]] = {
         "rotary_percentage": 0.25, "rotary_base": 5000.0, "name": "megatron_gpt_neox", "activation": "gelu",
         "openai_gelu": False, "normalization": "layernorm", "bias": True, "num_query_groups": 9, "kv_channels": 8,
     },
-    "gpt-neox, one after the other, tied": {"name": "megatron_gpt", "openai_gelu": True, "rotary_percentage": 0.25},
+    "gpt-neox, one after the other, tied": {"name": "", "openai_gelu": True, "rotary_percentage": 0.25},
     "gpt2": {
         "position_embedding_type": "learned_absolute", "activation": "gelu", "openai_gelu": True, "bias": True,
         "hidden_dropout": 0.1, "attention_dropout": 0.1, "ffn_hidden_size": 100, "encoder_seq_length": 128,
@@ -133,6 +133,54 @@ KEYS: dict[str, dict[str, Any]] = {
 def test_model_config_has_nemos_keys(name: str) -> None:
     config = to_model_config(FAMILIES[MODELS[name][0]], config_of(name).to_dict(), {})
     assert {key: config[key] for key in KEYS[name]} == KEYS[name]
+
+
+def nemos_transformer(config: dict[str, Any]) -> Any:
+    """What NeMo hands to megatron-core (`build_transformer_config`), of the keys that decide about fusion."""
+    import torch.nn.functional as F
+    from megatron.core.activations import squared_relu
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    activation = str(config["activation"])
+    functions = {"gelu": F.gelu, "geglu": F.gelu, "fast-swiglu": F.silu, "squared-relu": squared_relu}
+    return TransformerConfig(
+        num_layers=config["num_layers"],
+        hidden_size=config["hidden_size"],
+        num_attention_heads=config["num_attention_heads"],
+        activation_func=torch.tanh if config.get("openai_gelu", False) else functions[activation],
+        gated_linear_unit=activation.endswith("glu"),
+        add_bias_linear=config.get("bias", True),
+        bias_activation_fusion=config.get("bias_activation_fusion", True),
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nemo_builds_what_is_written(name: str) -> None:
+    """megatron-core refuses activations that its fused kernels do not know, NeMo a `name` of which it has no layer."""
+    config = to_model_config(FAMILIES[MODELS[name][0]], config_of(name).to_dict(), {"name": "megatron_gpt"})
+    assert not nemos_transformer(config).bias_activation_fusion
+    if MODELS[name][0] == "gpt_neox":
+        assert config["name"] == ("" if "one after" in name else "megatron_gpt_neox")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma", "starcoder2", "nemotron"])
+def test_nemo_refuses_them_by_its_default(name: str) -> None:
+    config = to_model_config(FAMILIES[MODELS[name][0]], config_of(name).to_dict(), {})
+    del config["bias_activation_fusion"]
+    with pytest.raises(ValueError, match="bias_activation_fusion"):
+        nemos_transformer(config)
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_fast"])
+def test_gelu_of_gpt_neox(hidden_act: str) -> None:
+    """Both formulas go there and back; NeMo's default is the tanh approximation."""
+    from transformers import GPTNeoXConfig
+
+    family = FAMILIES["gpt_neox"]
+    config = to_model_config(family, GPTNeoXConfig(**{**PLAIN, "hidden_act": hidden_act}).to_dict(), {})
+    assert to_hf_config(family, config)["hidden_act"] == hidden_act
+    del config["bias_activation_fusion"]
+    assert to_hf_config(family, config)["hidden_act"] == "gelu_fast"
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

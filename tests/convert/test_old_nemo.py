@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,16 @@ from nemo_dpo.convert.legacy import LegacyWeights
 from nemo_dpo.convert.to_mcore import nemo_to_mcore
 from nemo_dpo.model.architecture import ArchitectureError
 from tests.convert.conftest import CORPUS
-from tests.convert.old_nemo_cases import CASES, VOCABULARY, logits, logits_of_rank, random_model, random_tokens, write
+from tests.convert.old_nemo_cases import (
+    CASES,
+    UNFUSED,
+    VOCABULARY,
+    logits,
+    logits_of_rank,
+    random_model,
+    random_tokens,
+    write,
+)
 from tests.convert.test_cli import tool
 from tests.support.ranks import run_ranks
 
@@ -41,12 +52,35 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
     return folders
 
 
+# megatron-core's `.nemo`s of one model: keys of model_config.yaml, and whether they mean GELU's tanh approximation.
+READINGS: dict[str, tuple[dict[str, Any], bool]] = {
+    "nothing said": ({}, True),
+    "fusion": ({"bias_activation_fusion": True}, True),
+    "fusion, not OpenAI's": ({"bias_activation_fusion": True, "openai_gelu": False}, True),
+    "no fusion": ({"bias_activation_fusion": False}, False),
+    "null": ({"bias_activation_fusion": None}, False),
+    "no fusion, OpenAI's": ({"bias_activation_fusion": False, "openai_gelu": True}, True),
+}
+
+
+def reading(name: str, source: Path, folder: Path) -> Path:
+    """The extracted archive `source` with the keys of READINGS[name]."""
+    shutil.copytree(source, folder)
+    config = {
+        k: v for k, v in archive.read_model_config(folder).items() if k not in ("bias_activation_fusion", "openai_gelu")
+    }
+    archive.write_model_config({**config, **READINGS[name][0]}, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def computed(
     converted: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], Tensor]:
-    """What this package's model computes with them, at one process."""
+    """What this package's model computes with them, and with READINGS of the first, at one process."""
     shown = {key: folder for key, folder in converted.items() if key[1] in ("TP 1", "TP 2 × PP 2")}
+    root = tmp_path_factory.mktemp("readings")
+    shown |= {("read", name): reading(name, converted["gpt3", "TP 1"], root / name) for name in READINGS}
     (found,) = run_ranks(1, logits_of_rank, tmp_path_factory.mktemp("ranks"), shown)
     return dict(found)
 
@@ -59,6 +93,16 @@ def test_logits_equal_an_independent_forward_of_the_old_model(
     expected = logits(random_model(case), random_tokens())
     assert expected.dtype is torch.float64 and expected.abs().max() > 1
     assert (computed[case, layout] - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_gelu_is_what_nemo_computes(computed: dict[tuple[str, str], Tensor], name: str) -> None:
+    """The tanh approximation is ten times further away than the tolerance: 2e-4 of the largest logit."""
+    model = random_model("gpt3")
+    fused, plain = (logits(replace(model, config={**model.config, **keys}), random_tokens()) for keys in ({}, UNFUSED))
+    assert (fused - plain).abs().max() > 10 * TOLERANCE * plain.abs().max()
+    expected = fused if READINGS[name][1] else plain
+    assert (computed["read", name] - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "TP 1"])
@@ -93,6 +137,15 @@ def test_the_config_is_megatron_cores_and_the_rest_is_kept(converted: dict[tuple
     }
     assert (config["tensor_model_parallel_size"], config["pipeline_model_parallel_size"]) == (1, 1)
     assert config["tokenizer"]["library"] == "sentencepiece" and config["normalization"] == "layernorm1p"
+
+
+@pytest.mark.parametrize(
+    ("case", "tanh"), [("gpt3", True), ("gpt3_unfused", False), ("fused_gelu", True), ("gpt_2b_001", False)]
+)
+def test_the_config_states_the_formula_of_gelu(converted: dict[tuple[str, str], Path], case: str, tanh: bool) -> None:
+    config = archive.read_model_config(converted[case, "TP 1"])
+    assert (config["openai_gelu"], config["bias_activation_fusion"]) == (tanh, False)
+    assert "bias_gelu_fusion" not in config
 
 
 def test_the_tokenizer_decides_the_vocabulary_where_the_config_does_not(tmp_path: Path) -> None:
@@ -170,6 +223,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an activation of no model here": (lambda f: edit(f, activation="reglu"), "activation='fast-reglu'"),
     "an old block": (lambda f: edit(f, transformer_block_type="normformer"), "transformer_block_type='normformer'"),
     "another position embedding": (lambda f: edit(f, position_embedding_type="alibi"), "'alibi'"),
+    "a fusion that leaves out the activation": (
+        lambda f: edit(f, activation="fast-swiglu"), "with bias_activation_fusion, which is true where it is missing"),
+    "a fusion without biases": (lambda f: edit(f, bias=False), "NeMo 1.x builds no such model"),
     "a width in words": (lambda f: edit(f, hidden_size="wide", ffn_hidden_size=None), "hidden_size='wide'"),
     "layers in words": (lambda f: edit(f, num_layers="four"), "num_layers='four'"),
     "a layout in words": (lambda f: edit(f, tensor_model_parallel_size="two", hidden_size=32), "has shape"),

@@ -33,11 +33,12 @@ def test_defaults_are_nemos() -> None:
     arch = parse()
     assert (arch.ffn_hidden_size, arch.num_query_groups, arch.kv_channels) == (4 * 48, 6, 8)
     assert (arch.normalization, arch.zero_centered_norm, arch.layernorm_epsilon) == ("LayerNorm", False, 1e-5)
-    assert (arch.activation, arch.gated, arch.linear_bias, arch.qkv_bias) == ("gelu", False, True, False)
+    assert (arch.activation, arch.gated, arch.linear_bias, arch.qkv_bias) == ("gelu_tanh", False, True, False)
     assert (arch.position_embedding, arch.rotary_base, arch.rotary_percent) == ("learned_absolute", 10000.0, 1.0)
     assert not arch.rotary_interleaved
     assert (arch.tied_embeddings, arch.make_vocab_size_divisible_by) == (True, 128)
     assert (arch.rope_scaling, arch.rope_interpolation) == (None, None)
+    assert (arch.hidden_dropout, arch.attention_dropout) == (0.1, 0.1)
 
 
 def test_null_is_the_default_too() -> None:
@@ -80,8 +81,34 @@ def test_values_are_taken() -> None:
     ],
 )
 def test_activations(name: str, activation: str, gated: bool) -> None:
-    arch = parse(activation=name)
+    arch = parse(activation=name, bias_activation_fusion=False)
     assert (arch.activation, arch.gated) == (activation, gated)
+
+
+@pytest.mark.parametrize("stated", [{}, {"bias_activation_fusion": True}])
+@pytest.mark.parametrize(
+    ("keys", "activation"),
+    [
+        ({"activation": "gelu"}, "gelu_tanh"),
+        ({"activation": "gelu", "bias": False}, "gelu"),  # there is no such kernel
+        ({"activation": "geglu", "bias": False}, "gelu_tanh"),
+        ({"activation": "fast-geglu"}, "gelu_tanh"),
+        ({"activation": "fast-swiglu"}, "silu"),
+        ({"activation": "squared-relu"}, "squared_relu"),
+    ],
+)
+def test_the_fused_kernels_have_another_formula_of_gelu(
+    keys: dict[str, Any], activation: str, stated: dict[str, bool]
+) -> None:
+    """megatron-core's fused_bias_gelu.py and fused_bias_geglu.py; fusion is NeMo's default."""
+    assert parse(**keys, **stated).activation == activation
+
+
+def test_nulls_that_nemo_computes_with() -> None:
+    """OmegaConf gives NeMo the null, not NeMo's default; each of these counts as false."""
+    arch = parse(bias=None, share_embeddings_and_output_weights=None, position_embedding_type=None)
+    assert (arch.linear_bias, arch.tied_embeddings, arch.position_embedding) == (False, False, "none")
+    assert parse(bias_activation_fusion=None).activation == "gelu"
 
 
 @pytest.mark.parametrize(
@@ -113,6 +140,7 @@ HARMLESS: dict[str, Any] = {
 
 def test_harmless_values_change_nothing() -> None:
     assert parse(**HARMLESS) == parse() == parse(**dict.fromkeys(COMPUTED))
+    assert parse(name="") == parse(name="te_gpt") == parse()
     assert parse(window_size=[-1, 0]) == parse()  # causal attention, unlimited
 
 

@@ -33,8 +33,8 @@ ARCHIVE_MUTATIONS = (
     Mutation(
         "NeMo 1.x's fused GELU taken for the exact one",
         "nemo_dpo/convert/old_nemo.py",
-        'modern["openai_gelu"] = True',
-        'modern["openai_gelu"] = False',
+        '"openai_gelu": arch.activation == "gelu_tanh"',
+        '"openai_gelu": False',
         f"{OLD_LOGITS}[gpt3-TP 1]",
     ),
     Mutation(

@@ -76,6 +76,20 @@ FAMILY_MUTATIONS = (
         "tests/convert/test_rules.py::test_vocabulary_is_padded_with_zeros_and_cut",
     ),
     Mutation(
+        "GELU of NeMo's fused kernels taken for the exact one",
+        ARCHITECTURE,
+        'or (activation == "gelu" and fused)',
+        "",
+        "tests/model/test_architecture.py::test_the_fused_kernels_have_another_formula_of_gelu[keys0-gelu_tanh-stated0]",
+    ),
+    Mutation(
+        "written archives leave the fusion to NeMo's default",
+        f"{FAMILIES}common.py",
+        '    "bias_activation_fusion": False,\n',
+        "",
+        "tests/convert/test_families.py::test_nemo_builds_what_is_written[gpt2]",
+    ),
+    Mutation(
         "RoPE turns every channel",
         ARCHITECTURE,
         'rotary_percent=float(config["rotary_percentage"])',

@@ -25,7 +25,7 @@ from nemo_dpo.convert.families.common import (
 from nemo_dpo.convert.family import Family, Key
 from nemo_dpo.convert.rope import RopeKeys
 from nemo_dpo.convert.rules import PaddedVocab, Param, Rule, Table
-from nemo_dpo.model.architecture import PARALLEL_RESIDUAL
+from nemo_dpo.model.architecture import PARALLEL_RESIDUAL, PLAIN_LAYER, activation_of
 
 EMBEDDING = Param("gpt_neox.embed_in.weight", "vocab hidden")
 HEAD = Param("embed_out.weight", "vocab hidden")
@@ -69,7 +69,7 @@ def _table(config: dict[str, Any]) -> Table:
 
 def _to_nemo(hf: dict[str, Any]) -> dict[str, Any]:
     return {
-        "name": PARALLEL_RESIDUAL if hf["use_parallel_residual"] else "megatron_gpt",
+        "name": PARALLEL_RESIDUAL if hf["use_parallel_residual"] else PLAIN_LAYER,
         "openai_gelu": hf["hidden_act"] == "gelu_fast",
     }
 
@@ -77,7 +77,7 @@ def _to_nemo(hf: dict[str, Any]) -> dict[str, Any]:
 def _to_hf(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "use_parallel_residual": config.get("name") == PARALLEL_RESIDUAL,
-        "hidden_act": "gelu_fast" if config.get("openai_gelu") else "gelu",
+        "hidden_act": "gelu_fast" if activation_of(config)[0] == "gelu_tanh" else "gelu",
     }
 
 
