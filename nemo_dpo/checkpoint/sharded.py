@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_dpo.checkpoint import CheckpointError, SaveError
 from nemo_dpo.checkpoint.archive import sync_folder
-from nemo_dpo.checkpoint.weights import TorchDistWeights, check_metadata_pickle
+from nemo_dpo.checkpoint.weights import TorchDistWeights, check_metadata_pickle, stored_names
 from nemo_dpo.parallel.collective import agree, on_rank_zero
 from nemo_dpo.parallel.engine import Engine
 
@@ -112,9 +112,9 @@ def load_by_layer(folder: Path, engine_chunks: list[Any], device: torch.device) 
     stacked parameter; every rank reads its own part. Collective: pipeline ranks have equally many layers.
     """
     _fill(folder, engine_chunks, lambda name: not name.startswith(LAYERS))
-    stored = agree(lambda: TorchDistWeights(folder))
+    stored, names = agree(lambda: (TorchDistWeights(folder), stored_names(folder)))
     for chunk in engine_chunks:
-        entries = _entries(chunk, methodcaller("startswith", LAYERS))
+        entries = _entries(chunk, names, methodcaller("startswith", LAYERS))
         for number, layer in enumerate(chunk.decoder.layers):
             layer.to_empty(device=device)
             prefix = f"model.{LAYERS}{number}."
@@ -125,7 +125,8 @@ def load_by_layer(folder: Path, engine_chunks: list[Any], device: torch.device) 
 
 def _fill(folder: Path, engine_chunks: list[Any], wanted: Callable[[str], bool]) -> None:
     """Load the parameters whose names are `wanted`."""
-    state = {f"model{n}": _entries(chunk, wanted) for n, chunk in enumerate(engine_chunks)}
+    names = stored_names(folder)
+    state = {f"model{n}": _entries(chunk, names, wanted) for n, chunk in enumerate(engine_chunks)}
     loaded = _load_sharded(state, folder)
     for n, chunk in enumerate(engine_chunks):
         part = loaded.get(f"model{n}", {})  # megatron-core drops a chunk of which nothing is wanted
@@ -154,9 +155,11 @@ def _stored_part(stored: TorchDistWeights, entry: ShardedTensor) -> torch.Tensor
     return stored.part(entry.key, entry.global_offset, [*stack, *entry.local_shape]).view(entry.local_shape)
 
 
-def _entries(chunk: Any, wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """megatron-core's description of the chunk's `wanted` weights, keys behind `model.`."""
+def _entries(chunk: Any, names: dict[str, str], wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """megatron-core's description of the chunk's `wanted` weights, keys behind `model.`, as `names` calls them."""
     entries = _tensors_only(chunk.sharded_state_dict(prefix="model."))
+    for entry in entries.values():
+        entry.key = names.get(entry.key, entry.key)
     return {name: entry for name, entry in entries.items() if wanted(name.removeprefix("model."))}
 
 

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from nemo_dpo.checkpoint import CheckpointError, SaveError, torch_file
-from nemo_dpo.checkpoint.stored import Weights
+from nemo_dpo.checkpoint.stored import Respelled, Weights, plain_names
 from nemo_dpo.checkpoint.tar import Section, Span
 from nemo_dpo.checkpoint.zarr_weights import ZarrWeights
 
@@ -344,7 +344,18 @@ class TorchDistWeights(Weights):
 
 
 def read_weights(folder: Traversable) -> Weights:
-    """The tensors of the distributed checkpoint `folder`, on disk or inside a tar, lazily."""
+    """The tensors of the distributed checkpoint `folder`, on disk or inside a tar, lazily, under their plain names."""
+    stored = _read_kind(folder)
+    names = plain_names(stored, folder)
+    return stored if all(plain == name for plain, name in names.items()) else Respelled(stored, names)
+
+
+def stored_names(folder: Path) -> dict[str, str]:
+    """Plain name → name in the `torch_dist` checkpoint `folder`, of all that is in it."""
+    return plain_names(check_metadata_pickle(folder).state_dict_metadata, folder)
+
+
+def _read_kind(folder: Traversable) -> Weights:
     if kind_of(folder) != ZARR:
         return TorchDistWeights(folder)
     if not isinstance(folder, Path):

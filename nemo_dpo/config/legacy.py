@@ -210,7 +210,7 @@ _NEMO: dict[str, Rule] = {
     "nsys_profile.enabled": Refused("profile from outside, with nsys or py-spy", OFF),
     "nsys_profile": Mapped("not used without nsys_profile.enabled"),
     "mcore_customization_config": Refused("a model's architecture is read from its checkpoint"),
-    "name": Refused("only the GPT of megatron-core's default layers is built", (None, "megatron_gpt")),
+    "name": Refused("only the GPT of megatron-core's default layers is built", (None, "", "te_gpt", "megatron_gpt")),
     "resume_from_checkpoint": Refused("set exp_manager.resume_from_checkpoint"),
     "dist_ckpt_format": Refused("checkpoints are written in torch_dist format", (None, "torch_dist")),
     "dist_ckpt_load_strictness": Mapped("weights are matched by name: a missing or unexpected one is always an error"),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_dpo.checkpoint import CheckpointError, archive
+from nemo_dpo.checkpoint.stored import plain_names
 from nemo_dpo.checkpoint.torch_file import load_tensors
 from nemo_dpo.convert.rules import interleave
 
@@ -23,16 +24,6 @@ WEIGHTS_FILE = "model_weights.ckpt"
 LAYER = "{layer}"
 _RANK = re.compile(r"mp_rank_(?P<mp>\d{2,})|tp_rank_(?P<tp>\d{2,})_pp_rank_(?P<pp>\d{3,})")
 _LAYER_NUMBER = re.compile(r"(?<=\blayers\.)(\d+)(?=\.)")
-# What precedes or replaces a name without changing what it names: the half-precision wrapper (megatron_amp_O2), and the
-# norms of megatron-core's own layers, which Transformer Engine has inside the linear layer behind them.
-_SPELLINGS = (
-    (re.compile(r"^model\.module\."), "model."),
-    (
-        re.compile(r"^(model\.decoder\.layers(?:\.\d+)?)\.input_layernorm\."),
-        r"\1.self_attention.linear_qkv.layer_norm_",
-    ),
-    (re.compile(r"^(model\.decoder\.layers(?:\.\d+)?)\.pre_mlp_layernorm\."), r"\1.mlp.linear_fc1.layer_norm_"),
-)
 
 
 class Join(enum.Enum):
@@ -42,13 +33,6 @@ class Join(enum.Enum):
     ROWS = "each has rows"
     COLUMNS = "each has columns"
     HALVES = "each has rows of the first half, then the same rows of the second"
-
-
-def plain_name(name: str) -> str:
-    """The name of a parameter in the spelling of Transformer Engine's layers, without a precision wrapper."""
-    for pattern, replacement in _SPELLINGS:
-        name = pattern.sub(replacement, name)
-    return name
 
 
 class LegacyWeights(Mapping[str, Tensor]):
@@ -142,7 +126,5 @@ def rank_files(folder: Path) -> list[list[Path]]:
 
 def _read_rank(file: Path, folder: Path) -> dict[str, Tensor]:
     stored = load_tensors(file, f"{folder}: {file.relative_to(folder)}")
-    plain = {plain_name(name): tensor for name, tensor in stored.items()}
-    if len(plain) != len(stored):
-        raise CheckpointError(f"{folder}: {file.relative_to(folder)} holds a parameter under two names")
-    return plain
+    names = plain_names(stored, f"{folder}: {file.relative_to(folder)}")
+    return {plain: stored[name] for plain, name in names.items()}

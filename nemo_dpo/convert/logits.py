@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_dpo.checkpoint import archive
-from nemo_dpo.checkpoint.weights import check_metadata_pickle
 from nemo_dpo.convert.old_nemo import open_modern
 from nemo_dpo.convert.opened import HfFolder, Opened
 
@@ -73,8 +72,7 @@ def _by_transformers(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Ten
 
 
 def _by_our_code(nemo: Opened, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    with open_modern(nemo.path) as folder, _one_rank() as groups:
-        check_metadata_pickle(folder / archive.MODEL_WEIGHTS)  # megatron-core reads no other kind
+    with open_modern(nemo.path, loadable=True) as folder, _one_rank() as groups:
         chunk = _built(folder, nemo.config, groups)
         vocab = int(nemo.config["vocab_size"])
         with torch.no_grad():

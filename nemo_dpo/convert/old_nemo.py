@@ -21,7 +21,7 @@ from pathlib import Path
 
 from nemo_dpo.checkpoint import CheckpointError, archive
 from nemo_dpo.checkpoint.fingerprint import pieces
-from nemo_dpo.checkpoint.stored import Weights
+from nemo_dpo.checkpoint.stored import Respelled, Weights
 from nemo_dpo.checkpoint.weights import ZARR, Chunk, kind_of, read_weights, write_weights
 from nemo_dpo.convert import engine
 from nemo_dpo.convert.families.common import (
@@ -36,7 +36,7 @@ from nemo_dpo.convert.families.common import (
     WORDS,
 )
 from nemo_dpo.convert.family import ONE_RANK, Config, dims_of
-from nemo_dpo.convert.legacy import LAYER, Join, LegacyWeights, plain_name
+from nemo_dpo.convert.legacy import LAYER, Join, LegacyWeights
 from nemo_dpo.convert.rules import Copy, Dims, GatedMlp, Param, Rule, Table
 from nemo_dpo.model.architecture import Architecture, completed, stated_vocab_size
 from nemo_dpo.tokenizer import load_tokenizer
@@ -113,10 +113,14 @@ class SourceDims(Dims):
 
 
 @contextlib.contextmanager
-def open_modern(path: Path, scratch: Path | None = None) -> Iterator[Path]:
-    """As `archive.open_folder`, of any layout: what is older is rewritten beside it, and removed afterwards."""
+def open_modern(path: Path, scratch: Path | None = None, *, loadable: bool = False) -> Iterator[Path]:
+    """As `archive.open_folder`, of any layout: what is older is rewritten beside it, and removed afterwards.
+
+    With `loadable` that includes distributed checkpoints which `read_weights` reads and megatron-core does not.
+    """
     with archive.open_folder(path, scratch, archive.check_any_layout) as folder:
-        if (folder / archive.MODEL_WEIGHTS).is_dir():
+        weights = folder / archive.MODEL_WEIGHTS
+        if weights.is_dir() and not (loadable and kind_of(weights) == ZARR):
             yield folder
             return
         with tempfile.TemporaryDirectory(prefix="nemo_dpo_", dir=scratch) as rewritten:
@@ -135,9 +139,9 @@ def write_modern(folder: Path, target: Path) -> None:
     weights = folder / archive.MODEL_WEIGHTS
     if weights.is_dir():
         stored = read_weights(weights)
-        if kind_of(weights) != ZARR and all(plain_name(name) == name for name in stored):
+        if kind_of(weights) != ZARR and not isinstance(stored, Respelled):
             raise CheckpointError(f"{folder}: is a checkpoint of megatron-core already; there is nothing to convert")
-        chunks = _respelled(stored)
+        chunks = _chunks(stored)
     else:
         prefix = NEW if config.get("mcore_gpt") else OLD
         config, chunks = _converted(config, prefix, folder)
@@ -250,8 +254,8 @@ def _check_ranks(config: Config, weights: LegacyWeights, folder: Path) -> None:
         )
 
 
-def _respelled(weights: Weights) -> Iterator[Chunk]:
-    """The same weights, piece by piece, with norms named as in Transformer Engine's layers."""
+def _chunks(weights: Weights) -> Iterator[Chunk]:
+    """The same weights, piece by piece."""
     for name, layer in pieces(weights):
         tensor = weights[name] if layer is None else weights.layer(name, layer)
-        yield Chunk(plain_name(name), tensor, layer, 0 if layer is None else weights.shape(name)[0])
+        yield Chunk(name, tensor, layer, 0 if layer is None else weights.shape(name)[0])

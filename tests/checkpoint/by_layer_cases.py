@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 
-def loaded(_rank: int, nemo: Path, layout: Any) -> dict[str, Any]:
-    """A hollow model loaded by layer, each layer hollowed out again: what was there when, and whether it was right."""
+def loaded(_rank: int, nemo: Path, layout: Any, by_layer: Path) -> dict[str, Any]:
+    """A hollow model loaded by layer, each layer hollowed out again: what was there when, and whether it was right.
+
+    The layers come from `by_layer`, the weights that they should have from `nemo`.
+    """
     from nemo_dpo.checkpoint import archive, sharded
     from nemo_dpo.model.architecture import Architecture
     from nemo_dpo.model.build import BuildOptions, build_model
@@ -27,7 +30,7 @@ def loaded(_rank: int, nemo: Path, layout: Any) -> dict[str, Any]:
     linears = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Nf4Linear)]
     layers = [layer for chunk in expected for layer in chunk.decoder.layers]
     found: dict[str, Any] = {"linears": [len(linears)], "real": [real(linears)], "equal": []}
-    for layer, whole in zip(sharded.load_by_layer(weights, chunks, groups.device), layers, strict=True):
+    for layer, whole in zip(sharded.load_by_layer(by_layer, chunks, groups.device), layers, strict=True):
         found["real"].append(real(linears))
         found["equal"].append(same(layer, whole))
         for module in layer.modules():

@@ -85,7 +85,7 @@ KEYS = {
     ),
     "shape": (
         ["model.hidden_size=128"],
-        "model.hidden_size=128 differs from the checkpoint's 64; the checkpoint fixes",
+        "model.hidden_size=128 differs from the checkpoint's 64; the checkpoint decides",
     ),
     "recompute": (
         ["model.activations_checkpoint_granularity=full"],

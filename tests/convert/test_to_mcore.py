@@ -15,11 +15,14 @@ import torch
 import yaml
 
 from nemo_dpo.checkpoint import CheckpointError, archive
-from nemo_dpo.checkpoint.weights import Chunk, check_metadata_pickle, read_weights, write_weights
+from nemo_dpo.checkpoint.fingerprint import weights_hash
+from nemo_dpo.checkpoint.weights import check_metadata_pickle, read_weights
 from nemo_dpo.convert import hf_to_nemo, nemo_to_hf
+from nemo_dpo.convert.summary import summarise
 from nemo_dpo.convert.to_mcore import nemo_to_mcore
+from nemo_dpo.convert.verify import verify
 from tests.convert.conftest import BASE, assert_same_tensors, save_model
-from tests.support.layouts import write_ranks, write_zarr
+from tests.support.layouts import write_local_names, write_local_zarr, write_ranks, write_zarr
 
 SHAPE = {**BASE, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
 
@@ -72,26 +75,28 @@ def test_zarr(good: Path, older: Path) -> None:
     check_converts(older, good)
 
 
-def test_a_distributed_checkpoint_with_the_names_of_local_layers(good: Path, older: Path) -> None:
-    """As one version of NeMo's converter left them."""
-    renamed = {
-        name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.").replace(
-            "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
-        ): tensor
-        for name, tensor in stored(good).items()
-    }
-    assert len(renamed.keys() - stored(good).keys()) == 2
-    chunks = [
-        chunk
-        for name, tensor in renamed.items()
-        for chunk in (
-            [Chunk(name, part, n, len(tensor)) for n, part in enumerate(tensor)]
-            if "layers." in name
-            else [Chunk(name, tensor)]
-        )
-    ]
-    write_weights(older / "model_weights", chunks)
+@pytest.mark.parametrize("write", [write_local_names, write_local_zarr])
+def test_a_distributed_checkpoint_with_the_names_of_local_layers(good: Path, older: Path, write: Any) -> None:
+    write(older / "model_weights", stored(good))
     check_converts(older, good)
+
+
+@pytest.mark.parametrize("write", [write_local_names, write_local_zarr, write_zarr])
+def test_every_tool_reads_distributed_checkpoints_of_any_names(good: Path, older: Path, write: Any) -> None:
+    """Without a conversion first: export, comparison, hash, and the model that training builds, by its logits."""
+    write(older / "model_weights", stored(good))
+    nemo_to_hf(older, older.parent / "direct")
+    assert_same_tensors(good / "hf", older.parent / "direct")
+    equal, lines = verify(good / "hf", older)
+    assert equal and any(line.startswith("logits: largest") for line in lines), lines
+    assert summarise(older)["hash"] == summarise(good / "nemo")["hash"] == weights_hash(older / "model_weights")
+
+
+def test_a_parameter_under_both_names(good: Path, older: Path) -> None:
+    norm = stored(good)["model.decoder.layers.self_attention.linear_qkv.layer_norm_weight"]
+    write_zarr(older / "model_weights", {**stored(good), "model.decoder.layers.input_layernorm.weight": norm})
+    with pytest.raises(CheckpointError, match="under two names"):
+        nemo_to_hf(older, older.parent / "back")
 
 
 @contextlib.contextmanager

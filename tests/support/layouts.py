@@ -57,8 +57,35 @@ def _rank_part(name: str, tensor: Tensor, rank: int, tp: int) -> Tensor:
 
 
 def _local_name(name: str) -> str:
+    return local_norm(name).replace("model.", "model.module.", 1)
+
+
+def local_norm(name: str) -> str:
+    """As megatron-core's own layers name the norms, in torch_dist as one version of NeMo's converter left them."""
     name = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
-    return name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.").replace("model.", "model.module.", 1)
+    return name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+
+
+def write_local_names(folder: Path, stored: Mapping[str, Tensor]) -> None:
+    """A torch_dist checkpoint in which the norms have those names."""
+    from nemo_dpo.checkpoint.weights import Chunk, write_weights
+
+    chunks = [
+        chunk
+        for name, tensor in stored.items()
+        for chunk in (
+            [Chunk(local_norm(name), part, n, len(tensor)) for n, part in enumerate(tensor)]
+            if "layers." in name
+            else [Chunk(name, tensor)]
+        )
+    ]
+    assert {chunk.name for chunk in chunks} != set(stored)
+    write_weights(folder, chunks)
+
+
+def write_local_zarr(folder: Path, stored: Mapping[str, Tensor]) -> None:
+    """A zarr checkpoint in which the norms have those names."""
+    write_zarr(folder, {local_norm(name): tensor for name, tensor in stored.items()})
 
 
 def write_zarr(folder: Path, stored: Mapping[str, Tensor], ranks: int = 1) -> None:
