@@ -16,6 +16,8 @@ from torch import Tensor
 from nemo_dpo.checkpoint import CheckpointError, SaveError
 from nemo_dpo.checkpoint.torch_file import load_tensors, reason
 from nemo_dpo.convert.safetensors_file import Entry, SafetensorsFile, write_file
+from nemo_dpo.json_file import parse_object
+from nemo_dpo.tokenizer import TEMPLATES
 
 logger = logging.getLogger(__name__)
 
@@ -121,14 +123,11 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object, or raise CheckpointError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected an object")
-    return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -212,12 +211,13 @@ def local_folder(name_or_path: str) -> Path:
 
 
 def _download(name: str, patterns: list[str]) -> Path:
-    """The folder with a hub model's files that match; sub-folders hold other formats of it."""
+    """The folder with a hub model's files that match; sub-folders but that of chat templates hold other formats."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[f"{TEMPLATES}/*"], ignore_patterns=[]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{name}: no such folder, and no model of that name can be downloaded ({type(error).__name__}); download "

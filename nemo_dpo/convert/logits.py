@@ -14,6 +14,7 @@ from torch import Tensor
 from nemo_dpo.checkpoint import archive
 from nemo_dpo.convert.old_nemo import open_modern
 from nemo_dpo.convert.opened import HfFolder, Opened
+from nemo_dpo.tokenizer import Tokenizer
 
 PROMPTS = (
     "The capital of France is Paris, and the Eiffel Tower was finished there in 1889.",
@@ -40,10 +41,10 @@ class LogitsDifference(NamedTuple):
         return self.amount <= TOLERANCE * self.scale
 
 
-def prompt_ids(opened: Opened, texts: Sequence[str] = PROMPTS) -> list[list[int]]:
-    """The texts as token ids, cut to what the model takes."""
+def prompt_ids(opened: Opened, tokenizer: Tokenizer) -> list[list[int]]:
+    """PROMPTS as token ids, cut to what the model takes."""
     longest = int(opened.config["max_position_embeddings"])
-    return [ids[:longest] for ids in opened.tokenizer().encode_batch(list(texts))]
+    return [ids[:longest] for ids in tokenizer.encode_batch(list(PROMPTS))]
 
 
 def logits_of(opened: Opened, prompts: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -19,12 +19,21 @@ from nemo_dpo.convert.family import ONE_RANK, to_model_config
 from nemo_dpo.convert.hf import read_json, write_json, write_safetensors
 from nemo_dpo.convert.opened import CONFIG, HfFolder, open_hf, open_nemo
 from nemo_dpo.model.architecture import Architecture
-from nemo_dpo.tokenizer import ARTEFACT, copy_hf_files, export_tokenizer
+from nemo_dpo.tokenizer import (
+    ARTEFACT,
+    HF_FILES,
+    TEMPLATES,
+    check_same_tokenizer,
+    copy_hf_files,
+    export_tokenizer,
+    load_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG, ADAPTER_CONFIG = "generation_config.json", "adapter_config.json"
 EXPORTED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".md")  # what an export, and a model card, consist of
+UNIMPORTANT = (".md", ".index.json", "LICENSE", "LICENSE.txt", "NOTICE")  # beside a model, and no part of it
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 NEMO_VERSION = "2.0.0"
@@ -114,12 +123,27 @@ def _precision(source: HfFolder, dtype: torch.dtype | None) -> str:
 def _write_small_files(source: HfFolder, config: dict[str, Any], folder: Path) -> None:
     """Tokenizer and model_config.yaml: all of the archive but the weights."""
     tokenizer = archive.artefact_name("tokenizer")
+    section = _tokenizer_section(tokenizer)
     copy_hf_files(source.folder, folder / tokenizer)
-    config |= {"tokenizer": _tokenizer_section(tokenizer), "huggingface": {"config": source.hf_config()}}
+    check_same_tokenizer(source.tokenizer(), load_tokenizer(section, folder), str(source.path))
+    _warn_of_what_stays(source)
+    config |= {"tokenizer": section, "huggingface": {"config": source.hf_config()}}
     if (source.folder / GENERATION_CONFIG).is_file():
         config["huggingface"]["generation_config"] = read_json(source.folder / GENERATION_CONFIG)
     config |= {"target": TARGET, "nemo_version": NEMO_VERSION}
     archive.write_model_config(config, folder)
+
+
+def _warn_of_what_stays(source: HfFolder) -> None:
+    """Name the files that an archive has no place for; a tokenizer with code of its own is among them."""
+    taken = {CONFIG, GENERATION_CONFIG, TEMPLATES, *HF_FILES, *source.weights.files}
+    stays = sorted(
+        entry.name
+        for entry in source.folder.iterdir()
+        if entry.name not in taken and not entry.name.startswith(".") and not entry.name.endswith(UNIMPORTANT)
+    )
+    if stays:
+        logger.warning("%s: not carried into the archive: %s", source.path, ", ".join(stays))
 
 
 def _template(hparams_file: Path | None) -> dict[str, Any]:
@@ -214,13 +238,20 @@ def check_folder_target(output: Path, *, overwrite: bool) -> None:
     """
     archive.check_target(output, overwrite=overwrite)
     entries = list(output.iterdir()) if output.is_dir() else []
-    foreign = [entry.name for entry in entries if entry.is_dir() or entry.suffix not in EXPORTED]
+    foreign = [entry.name for entry in entries if not _is_exported(entry)]
     known = not entries or any((output / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
     if output.exists() and (foreign or not known or not output.is_dir()):
         what = f"it holds {sorted(foreign)[0]!r}" if foreign else f"it holds no {CONFIG}"
         raise CheckpointError(
             f"{output}: is not overwritten, for it is no folder of an earlier export ({what}); choose another one"
         )
+
+
+def _is_exported(entry: Path) -> bool:
+    """Whether it may be of an earlier export."""
+    if entry.is_dir():
+        return entry.name == TEMPLATES and all(file.suffix == ".jinja" for file in entry.iterdir())
+    return entry.suffix in EXPORTED
 
 
 def move_into_place(folder: Path, output: Path) -> None:

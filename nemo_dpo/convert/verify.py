@@ -11,7 +11,7 @@ import torch
 from nemo_dpo.convert.compare import Comparison, Difference, compare
 from nemo_dpo.convert.logits import PROMPTS, TOLERANCE, LogitsDifference, largest_difference, logits_of, prompt_ids
 from nemo_dpo.convert.opened import Opened, open_checkpoint
-from nemo_dpo.tokenizer import TokenizerError
+from nemo_dpo.tokenizer import PROBE, NoTokenizerError, Tokenizer, TokenizerError, differences
 
 SHOWN = 10  # parameters that differ, named one by one
 
@@ -33,9 +33,9 @@ def verify(left: Path, right: Path, *, dtype: torch.dtype | None = None, logits:
     with open_checkpoint(left) as a, open_checkpoint(right) as b:
         found = compare(a, b, dtype)
         lines = list(_parameter_lines(found))
-        same_ids, line, prompts = _tokenizers(a, b)
-        lines.append(line)
-        equal = found.equal and same_ids
+        same_tokenizer, said, prompts = _tokenizers(a, b)
+        lines += said
+        equal = found.equal and same_tokenizer
         if not logits:
             lines.append("logits: skipped")
         elif prompts is None:
@@ -75,17 +75,24 @@ def _shapes_differ(found: Comparison) -> bool:
     return any(difference.place is None for difference in found.parameters)
 
 
-def _tokenizers(left: Opened, right: Opened) -> tuple[bool, str, list[list[int]] | None]:
+def _tokenizers(left: Opened, right: Opened) -> tuple[bool, list[str], list[list[int]] | None]:
     """(no difference found, what to tell, the prompts as ids of the first)."""
-    try:
-        mine = prompt_ids(left)
-        theirs = prompt_ids(right)
-    except TokenizerError as error:
-        return True, f"tokenizer: not compared ({error})", None
-    wrong = [text for text, a, b in zip(PROMPTS, mine, theirs, strict=True) if a != b]
-    if wrong:
-        return False, f"tokenizer: other ids for {len(wrong)} of {len(PROMPTS)} texts, {wrong[0]!r} among them", mine
-    return True, f"tokenizer: the same ids for {len(PROMPTS)} texts", mine
+    found: list[Tokenizer] = []
+    missing, damaged = [], []
+    for place, side in (("first", left), ("second", right)):
+        try:
+            found.append(side.tokenizer())
+        except NoTokenizerError as error:
+            missing.append(f"tokenizer: not compared ({error})")
+        except TokenizerError as error:
+            damaged.append(f"tokenizer: that of the {place} cannot be read ({error})")
+    if missing or damaged:
+        return not damaged, missing + damaged, None
+    prompts = prompt_ids(left, found[0])
+    if apart := differences(found[0], found[1], (*PROMPTS, *PROBE)):
+        return False, [f"tokenizer: {line}" for line in apart], prompts
+    special = len(found[0].special_tokens)
+    return True, [f"tokenizer: the same, by {len(PROMPTS) + len(PROBE)} texts and {special} special tokens"], prompts
 
 
 def _logits(left: Opened, right: Opened, prompts: list[list[int]]) -> LogitsDifference:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_dpo.tokenizer.load import USER_DEFINED
+
 END_OF_TEXT = "<|endoftext|>"
 # NeMo's tiktoken tokenizer: the pattern that splits a text, the tokens before those of the file, and the most ids.
 TIKTOKEN_PATTERN = (
@@ -24,7 +26,7 @@ TIKTOKEN_SPECIAL_COUNT = 1000
 TIKTOKEN_VOCAB = 2**17
 SPACE = "▁"  # SentencePiece's sign for one
 BPE_MODEL, UNIGRAM_MODEL = 2, 1  # SentencePiece's numbers of its kinds of model
-CONTROL, USER_DEFINED = 3, 4  # and of pieces
+CONTROL = 3  # and of a kind of piece
 
 
 def gpt2_bpe(vocab_file: Path, merge_file: Path) -> Any:

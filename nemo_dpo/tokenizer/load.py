@@ -1,4 +1,4 @@
-"""Which tokenizer a checkpoint has, and how to load it and write it for Hugging Face.
+"""Which tokenizer a checkpoint has, and how to load it.
 
 The section `tokenizer` of model_config.yaml says which, in NeMo's words:
 
@@ -19,25 +19,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_dpo.data.tokenize import Tokenizer as DataTokenizer
+from nemo_dpo.tokenizer.hf_files import (
+    NoTokenizerError,
+    TokenizerError,
+    check_whole,
+    needed_files,
+    one_line,
+)
 
 ARTEFACT = "nemo:"
-HF_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Every file that a Hugging Face tokenizer may consist of; code is not among them."""
-
 # NeMo's library and type (None: any) → the form of its files; Hugging Face's own is not among them.
 FORMS: dict[tuple[Any, Any], str] = {
     ("huggingface", "gpt2"): "gpt2",
@@ -47,33 +42,32 @@ FORMS: dict[tuple[Any, Any], str] = {
     ("tiktoken", None): "tiktoken",
 }
 FILE_KEYS = {"gpt2": ("vocab_file", "merge_file"), "sentencepiece": ("model",), "tiktoken": ("vocab_file",)}
-# Texts that tell tokenizers apart: scripts, digits, code, white space at either end and inside, special tokens.
-PROBE = (
-    "The fox's 3.14159, naïve café; Straße ﬁ ½",
-    "Ελληνικά, кириллица, 東京タワー, العربية, हिन्दी नमस्ते, 한국어, 🙂👩‍👩‍👧",
-    "def add(a, b):\n    return a**2 + b[1889]  # 2 + 2 == 4\n\n\n\t1. x\r\n",
-    "  two before, three   inside, one behind ",
-    "\n\n1. first\n",
-    "12345 6 78",
-)
+USER_DEFINED = 4  # SentencePiece's number of a kind of piece
+ROLES = ("bos", "eos", "pad", "unk")
 
 Messages = Sequence[Mapping[str, str]]
-
-
-class TokenizerError(ValueError):
-    """A tokenizer is missing, damaged or lacks what is asked of it."""
 
 
 class Tokenizer(DataTokenizer, Protocol):
     """What a checkpoint's tokenizer can do beside making tokens of data.
 
     `pad_id` is the end token where there is no padding token: never mask by it. `fingerprint` is the SHA-256 over the
-    tokenizer's files.
+    tokenizer's files. `roles` are the ids of bos, eos, pad and unk, None where there is none; `special_tokens` those
+    of control that are recognised where they are written out, `added_tokens` other such tokens; `chat_template` the
+    template or, where there are several, each by its name.
     """
+
+    roles: Mapping[str, int | None]
+    special_tokens: frozenset[str]
+    added_tokens: frozenset[str]
+    chat_template: Any
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; a model may have more rows than that."""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, None for any other text."""
 
     def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         """Messages (`role`, `content`) as one text in the form that the model was trained on."""
@@ -91,20 +85,33 @@ class HuggingFaceTokenizer:
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.vocab_size: int = len(tokenizer)
         self.fingerprint: str = _fingerprint(files, label)
+        self.roles: Mapping[str, int | None] = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
+        added = tokenizer.added_tokens_decoder.values()
+        self.special_tokens: frozenset[str] = frozenset(token.content for token in added if token.special)
+        self.added_tokens: frozenset[str] = frozenset(token.content for token in added if not token.special)
+        self.chat_template: Any = tokenizer.chat_template
 
     @classmethod
     def from_name(cls, source: Path | str, *, use_fast: bool = True) -> HuggingFaceTokenizer:
-        """Read a folder, or what a hub id names."""
+        """Read a folder, or what a hub id names.
+
+        Raises:
+            NoTokenizerError: the folder holds no tokenizer.
+            TokenizerError: one of its files is damaged, or transformers cannot read it.
+        """
         from transformers import AutoTokenizer
 
         local = Path(source).is_dir()
+        files = needed_files(Path(source)) if local else []
+        for file in files:
+            check_whole(file)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(source), use_fast=use_fast, local_files_only=local, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise TokenizerError(f"{source}: no tokenizer that transformers can read ({_reason(error)})") from error
-        return cls(tokenizer, str(source), _hf_files(Path(source)) if local else ())
+        except Exception as error:  # of any kind on files that it did not write; tokenizers raises a bare Exception
+            raise TokenizerError(f"{source}: no tokenizer that transformers can read ({one_line(error)})") from error
+        return cls(tokenizer, str(source), files)
 
     def save(self, folder: Path) -> None:
         """Write it as transformers does."""
@@ -119,11 +126,20 @@ class HuggingFaceTokenizer:
         encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [list(ids) for ids in encoded["input_ids"]]
 
+    def token_id(self, token: str) -> int | None:
+        found: int | None = self._vocabulary.get(token)
+        return found
+
+    @cached_property
+    def _vocabulary(self) -> Mapping[str, int]:
+        vocabulary: Mapping[str, int] = self._tokenizer.get_vocab()
+        return vocabulary
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        if self._tokenizer.chat_template is None:
+        if self.chat_template is None:
             raise TokenizerError("the tokenizer has no chat template; write prompts as plain text")
         text = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
@@ -144,7 +160,7 @@ class SentencePieceTokenizer:
         try:
             self._processor: Any = SentencePieceProcessor(model_file=str(model))
         except (OSError, RuntimeError) as error:
-            raise TokenizerError(f"{model}: no SentencePiece model ({str(error).splitlines()[0]})") from error
+            raise TokenizerError(f"{model}: no SentencePiece model ({one_line(error)})") from error
         self.eos_id: int = self._processor.eos_id()
         if self.eos_id < 0:
             raise TokenizerError(f"{model}: the SentencePiece model has no end token (eos)")
@@ -153,6 +169,11 @@ class SentencePieceTokenizer:
         self.fingerprint: str = _fingerprint([model], "sentencepiece")
         numbers = filter(self._processor.is_control, range(self.vocab_size))
         self._special: dict[str, int] = {self._processor.id_to_piece(number): number for number in numbers}
+        self.special_tokens: frozenset[str] = frozenset(self._special)
+        self.added_tokens: frozenset[str] = _user_defined(self._processor)
+        ids = {role: getattr(self._processor, f"{role}_id")() for role in ROLES}
+        self.roles: Mapping[str, int | None] = {role: None if number < 0 else number for role, number in ids.items()}
+        self.chat_template: Any = None
         self._cut = re.compile(f"({'|'.join(map(re.escape, self._special))})")
 
     def encode(self, text: str) -> list[int]:
@@ -165,6 +186,10 @@ class SentencePieceTokenizer:
             [token for n, part in enumerate(cut) for token in ([self._special[part]] if n % 2 else next(plain))]
             for cut in cuts
         ]
+
+    def token_id(self, token: str) -> int | None:
+        number = self._processor.piece_to_id(token)  # that of the unknown token for a text that is none
+        return number if self._processor.id_to_piece(number) == token else None
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._processor.decode(list(ids)))
@@ -181,44 +206,20 @@ def load_tokenizer(config: Mapping[str, Any], folder: Path) -> Tokenizer:
         folder: the extracted `.nemo`, where `nemo:` artefacts lie.
 
     Raises:
+        NoTokenizerError: the section is empty, or names a folder without a tokenizer.
         TokenizerError: unknown library, missing key or artefact, unreadable tokenizer, no end token.
     """
-    form = _form(config)
+    if not config:
+        raise NoTokenizerError("model_config.yaml has no section tokenizer")
+    form = form_of(config)
     if form == "sentencepiece":
-        return SentencePieceTokenizer(_file(config, "model", folder))
+        return SentencePieceTokenizer(file_of(config, "model", folder))
     if form == "huggingface":
-        source = resolve_artefact(_needed(config, "type"), folder)
-        return HuggingFaceTokenizer.from_name(source, use_fast=bool(config.get("use_fast", True)))
-    return _built(form, [_file(config, key, folder) for key in FILE_KEYS[form]])
+        return HuggingFaceTokenizer.from_name(hf_source(config, folder), use_fast=bool(config.get("use_fast", True)))
+    return build_tokenizer(form, [file_of(config, key, folder) for key in FILE_KEYS[form]])
 
 
-def export_tokenizer(config: Mapping[str, Any], folder: Path, target: Path) -> None:
-    """Write a checkpoint's tokenizer into the Hugging Face folder `target`.
-
-    What is no Hugging Face tokenizer is built anew as one, read back and compared on a text of many kinds.
-
-    Raises:
-        TokenizerError: as `load_tokenizer`, or it cannot be written so that it gives the same tokens.
-    """
-    form = _form(config)
-    if form == "huggingface":
-        source = resolve_artefact(_needed(config, "type"), folder)
-        if not Path(source).is_dir():
-            raise TokenizerError(f"tokenizer {str(source)!r} is not in the checkpoint; name a folder with its files")
-        copy_hf_files(Path(source), target)
-        return
-    original, first = load_tokenizer(config, folder), _file(config, FILE_KEYS[form][0], folder)
-    fast = original if isinstance(original, HuggingFaceTokenizer) else _built(form, [first])
-    fast.save(target)
-    written = HuggingFaceTokenizer.from_name(target)
-    differ = [text for text in PROBE if written.encode(text) != original.encode(text)]
-    if differ or written.eos_id != original.eos_id:
-        raise TokenizerError(f"{first.name}: a Hugging Face tokenizer made of it gives other tokens for {differ[:2]}")
-    if form == "sentencepiece":
-        (target / "tokenizer.model").write_bytes(first.read_bytes())
-
-
-def _form(config: Mapping[str, Any]) -> str:
+def form_of(config: Mapping[str, Any]) -> str:
     """Which of FILE_KEYS, or `huggingface`."""
     library, kind = config.get("library"), config.get("type")
     if library == "huggingface" and not (config.get("vocab_file") or config.get("merge_file")):
@@ -230,7 +231,13 @@ def _form(config: Mapping[str, Any]) -> str:
     return form
 
 
-def _built(form: str, files: Sequence[Path]) -> HuggingFaceTokenizer:
+def hf_source(config: Mapping[str, Any], folder: Path) -> Path | str:
+    """Where a Hugging Face tokenizer is: a folder, or a hub id."""
+    return resolve_artefact(_needed(config, "type"), folder)
+
+
+def build_tokenizer(form: str, files: Sequence[Path]) -> HuggingFaceTokenizer:
+    """A tokenizer of one of FILE_KEYS' forms as one of Hugging Face's, from its files."""
     from nemo_dpo.tokenizer import build
 
     make: dict[str, Callable[..., Any]] = {
@@ -241,18 +248,15 @@ def _built(form: str, files: Sequence[Path]) -> HuggingFaceTokenizer:
     try:
         return HuggingFaceTokenizer(make[form](*files), str(files[0]), files)
     except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{files[0]}: no {form} tokenizer ({_reason(error)})") from error
+        raise TokenizerError(f"{files[0]}: no {form} tokenizer ({one_line(error)})") from error
 
 
-def _file(config: Mapping[str, Any], key: str, folder: Path) -> Path:
+def file_of(config: Mapping[str, Any], key: str, folder: Path) -> Path:
+    """The file that a key of the section names."""
     path = Path(resolve_artefact(_needed(config, key), folder))
     if not path.is_file():
         raise TokenizerError(f"model_config.yaml: tokenizer.{key}={config[key]!r} is no file")
     return path
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def resolve_artefact(value: str, folder: Path) -> Path | str:
@@ -266,29 +270,20 @@ def resolve_artefact(value: str, folder: Path) -> Path | str:
     return path
 
 
-def copy_hf_files(source: Path, target: Path) -> None:
-    """Copy the files of a Hugging Face tokenizer from one folder into another.
-
-    Raises:
-        TokenizerError: `source` holds no tokenizer.
-    """
-    files = _hf_files(source)
-    if not files:
-        raise TokenizerError(f"{source}: holds no tokenizer (tokenizer.json or the like); copy its files there")
-    target.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        (target / file.name).write_bytes(file.read_bytes())
-
-
-def _hf_files(folder: Path) -> list[Path]:
-    return [folder / name for name in HF_FILES if (folder / name).is_file()]
-
-
 def _needed(config: Mapping[str, Any], key: str) -> str:
     value = config.get(key)
     if not value:
         raise TokenizerError(f"model_config.yaml: tokenizer.{key} is empty, but tokenizer.library needs it")
     return str(value)
+
+
+def _user_defined(processor: Any) -> frozenset[str]:
+    """The symbols that the maker of a SentencePiece model defined."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(processor.serialized_model_proto())
+    return frozenset(piece.piece for piece in proto.pieces if piece.type == USER_DEFINED)
 
 
 def _fingerprint(files: Sequence[Path], label: str) -> str:

@@ -48,7 +48,7 @@ def refused(source: Path, match: str, error: type[ValueError] = CheckpointError)
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
         ({"num_key_value_heads": 2}, "no multiple of num_key_value_heads=2"),
-        ({"hidden_size": 64}, r"has shape \[301, 72\], config.json implies \[301, 64\]"),
+        ({"hidden_size": 90}, r"has shape \[301, 72\], config.json implies \[301, 90\]"),
         ({"num_hidden_layers": 2}, "0 missing .* 9 unknown"),
         ({"num_hidden_layers": 4}, "9 missing .* 0 unknown"),
     ],

@@ -132,7 +132,7 @@ def test_append_eod_ends_a_sentencepiece_response_once(sentencepiece_model: Path
         ({"library": "huggingface", "type": "nemo:missing"}, "'nemo:missing' is not in the checkpoint"),
         ({"library": "sentencepiece", "model": "nemo:../outside"}, "is not in the checkpoint"),
         ({"library": "huggingface", "type": "nemo:.."}, "is not in the checkpoint"),
-        ({"library": "huggingface", "type": "nemo:empty"}, "no tokenizer that transformers can read"),
+        ({"library": "huggingface", "type": "nemo:empty"}, "holds no tokenizer"),
         ({"library": "sentencepiece", "model": "nemo:text"}, "no SentencePiece model"),
     ],
 )
