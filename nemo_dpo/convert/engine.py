@@ -149,6 +149,8 @@ def progress(steps: Sequence[Step], title: str) -> Iterator[Step]:
 
 def check_source(table: Table, dims: Dims, source: Mapping[str, Tensor]) -> None:
     """Refuse Hugging Face names that are not those of the table."""
+    if dims.layers > len(source):  # before their names are listed
+        raise CheckpointError(f"{table.config} says {dims.layers} layers, the weights are {len(source)} tensors")
     params = [param for rule in table.rules for param in rule.hf] + list(table.zeros)
     wanted = {_name(param, layer) for param in params for layer in _layers(param, dims)}
     missing = sorted(wanted - set(source))

@@ -7,6 +7,7 @@ model_config.yaml, so that an export gives the same one; where both speak of the
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,6 +18,7 @@ from nemo_dpo.convert.rules import Dims, Table
 from nemo_dpo.model.architecture import DERIVED, Architecture, completed, padded_vocab_size
 
 Config = dict[str, Any]
+LARGEST = 10**15  # no quantity of a model is above it
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 # The layout that a written model_config.yaml names: weights fit any.
 ONE_RANK = {
@@ -34,7 +36,8 @@ INCIDENTAL = ("hidden_dropout", "attention_dropout", "make_vocab_size_divisible_
 class Key:
     """One quantity under both names; `default` is what Hugging Face's class takes when config.json is silent.
 
-    A default of None is `model.architecture.DERIVED`'s formula for NeMo's key.
+    A default of None is `model.architecture.DERIVED`'s formula for NeMo's key. The default also says what a value must
+    be: yes or no, a number, or, as None and whole numbers do, a whole number of at least 1.
     """
 
     hf: str
@@ -55,6 +58,7 @@ class Family:
         required: Hugging Face key → the only values that are supported; the first is the default when absent.
         table: the parameter table for a model_config.yaml.
         defaults: of the Hugging Face keys that `extra_nemo` and `extra_hf` deal with; null in config.json stays null.
+            They also say what a value must be, as a key's does.
         extra_nemo: further NeMo keys computed from the complete config.json; refuses what cannot be expressed.
         extra_hf: the inverse, from model_config.yaml.
         rope: where config.json keeps its rotary embedding; None if it has none.
@@ -102,9 +106,34 @@ def complete_hf(family: Family, hf: Config) -> Config:
     nullable = {*family.defaults, *(key.hf for key in family.keys if key.nemo in DERIVED)}
     given = {name: value for name, value in hf.items() if value is not None or name in nullable}
     only = {name: values[0] for name, values in family.required.items()}
-    full = {**{key.hf: key.default for key in family.keys}, **only, **family.defaults, **given}
+    defaults = {**{key.hf: key.default for key in family.keys}, **family.defaults}
+    _check_values(given, defaults)
+    full = {**defaults, **only, **given}
     nemo = _mapped(family, full)
     return {**full, **{key.hf: nemo[key.nemo] for key in family.keys}}
+
+
+def _check_values(given: Config, defaults: Mapping[str, Any]) -> None:
+    """Refuse values that are not of the kind of their defaults; see `Key`.
+
+    Raises:
+        CheckpointError: the first one.
+    """
+    for name, default in defaults.items():
+        value = given.get(name)
+        if value is None:
+            continue
+        if isinstance(default, bool):
+            right, expected = isinstance(value, bool), "true or false"
+        elif isinstance(default, float):
+            right, expected = type(value) in (int, float) and 0 <= value <= LARGEST, "a number of at least 0"
+        else:
+            right, expected = type(value) is int and 1 <= value <= LARGEST, "a whole number of at least 1"
+        if not right:
+            raise CheckpointError(f"config.json: {name}={reprlib.repr(value)} is not {expected}")
+    kinds = given.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise CheckpointError(f"config.json: layer_types={reprlib.repr(kinds)} is no list of texts")
 
 
 def _mapped(family: Family, full: Config) -> Config:
@@ -125,7 +154,7 @@ def to_model_config(family: Family, hf: Config, template: Config) -> Config:
     for name, values in family.required.items():
         if full[name] not in values:
             known = " or ".join(map(repr, values))
-            raise CheckpointError(f"config.json: {name}={full[name]!r} is not supported, only {known}")
+            raise CheckpointError(f"config.json: {name}={reprlib.repr(full[name])} is not supported, only {known}")
     mapped = _mapped(family, full)
     heads, groups = mapped["num_attention_heads"], mapped["num_query_groups"]
     if heads % groups:

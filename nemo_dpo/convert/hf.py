@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_dpo.checkpoint import CheckpointError, SaveError
-from nemo_dpo.checkpoint.torch_file import load_tensors, reason
+from nemo_dpo.checkpoint.torch_file import is_older, load_tensors
 from nemo_dpo.convert.safetensors_file import Entry, SafetensorsFile, write_file
 from nemo_dpo.json_file import parse_object
 from nemo_dpo.tokenizer import TEMPLATES
@@ -23,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 4 * 10**9
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-ZIP_MARK = b"PK\x03\x04"  # how torch.save has written since 1.6
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -106,18 +104,10 @@ class HfWeights(Mapping[str, Tensor]):
 
 def _load_bin(path: Path) -> dict[str, Tensor]:
     """A `.bin` file: mapped, or read as a whole if it is of the older form, which cannot be mapped."""
-    with path.open("rb") as file:
-        mapped = file.read(len(ZIP_MARK)) == ZIP_MARK
-    if mapped:
-        return load_tensors(path, str(path))
-    try:
+    older = is_older(path)
+    if older:
         logger.warning("%s: written by torch before 1.6; read as a whole, into memory", path)
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({reason(error)}); copy it again") from error
-    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise CheckpointError(f"{path}: is no dictionary of tensors")
-    return stored
+    return load_tensors(path, str(path), mapped=not older)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nemo_dpo.checkpoint import CheckpointError
+from nemo_dpo.json_file import parse_object
 
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -134,17 +135,26 @@ def _places(path: Path) -> dict[str, tuple[Entry, int]]:
         length = LENGTH.unpack(begin)[0] if len(begin) == LENGTH.size else size
         if length > min(MAX_HEADER_BYTES, size - LENGTH.size):
             raise ValueError("its header is longer than the file")
-        header = json.loads(file.read(length))
+        header = parse_object(file.read(length))
     data = LENGTH.size + length
     return {name: _place(name, item, data, size) for name, item in header.items() if name != METADATA}
 
 
 def _place(name: str, item: Mapping[str, Any], data: int, size: int) -> tuple[Entry, int]:
-    entry = Entry(name, DTYPES[item["dtype"]], tuple(item["shape"]))
-    start, end = item["data_offsets"]
-    if min(0, start, *entry.shape) < 0 or end - start != entry.nbytes or data + end > size:
+    shape, offsets = _whole_numbers(item["shape"], name), _whole_numbers(item["data_offsets"], name)
+    entry = Entry(name, DTYPES[item["dtype"]], shape)
+    start, end = offsets
+    # Of no values at all, but of sizes whose product no address reaches: torch would not make it.
+    reach = math.prod(max(1, length) for length in shape) * entry.dtype.itemsize
+    if end - start != entry.nbytes or data + end > size or reach >= 2**63:
         raise ValueError(f"{name} is not where the header says")
     return entry, data + start
+
+
+def _whole_numbers(value: Any, name: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(number) is int and number >= 0 for number in value):
+        raise ValueError(f"{name} has a shape or a place that is no list of whole numbers")
+    return tuple(value)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
