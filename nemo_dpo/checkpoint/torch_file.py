@@ -107,9 +107,9 @@ def _check_records(file: IO[bytes]) -> None:
 def _check_pickles(file: IO[bytes]) -> None:
     """Refuse numbers beyond the size of the file, which an unpickler would make a table or a storage for."""
     size = file.seek(0, io.SEEK_END)
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pickles:  # reads no more than is there
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pickles:  # no text is longer than the rest
         for part in OLDER_PARTS:
-            for opcode, argument, _ in pickletools.genops(pickles):
+            for opcode, argument, _ in pickletools.genops(pickles):  # type: ignore[arg-type]  # reads like a file
                 if part != "magic number" and isinstance(argument, int) and argument > size:
                     raise ValueError(f"its {part} has the number {argument} ({opcode.name}), the file {size} bytes")
     file.seek(0)
