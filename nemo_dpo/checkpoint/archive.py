@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from nemo_dpo.checkpoint import CheckpointError, SaveError
+from nemo_dpo.checkpoint import CheckpointError, io_error
 from nemo_dpo.checkpoint.model_yaml import MODEL_CONFIG, parse_config
 from nemo_dpo.checkpoint.tar import Span, TarPath, TarWriter
 
@@ -238,7 +238,7 @@ def new_archive(
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise SaveError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise io_error(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
 

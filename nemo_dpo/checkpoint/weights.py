@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_dpo.checkpoint import CheckpointError, SaveError, torch_file
+from nemo_dpo.checkpoint import CheckpointError, SaveError, torch_file, why
 from nemo_dpo.checkpoint.stored import Respelled, Weights, plain_names
 from nemo_dpo.checkpoint.tar import Section, Span
 from nemo_dpo.checkpoint.zarr_weights import ZarrWeights
@@ -149,7 +149,9 @@ def _save(tensor: torch.Tensor, file: IO[bytes]) -> None:
     try:
         torch.save(own, file)
     except RuntimeError as error:  # what torch makes of a failed write
-        raise SaveError(f"{file.name}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
+        cause = error.__context__
+        reason = why(cause) if isinstance(cause, OSError) else torch_file.reason(error)
+        raise SaveError(f"{file.name}: cannot be written ({reason})") from error
 
 
 def _register(stored: dict[str, _Stored], chunk: Chunk) -> torch.Size:

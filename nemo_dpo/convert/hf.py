@@ -167,7 +167,7 @@ def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise SaveError(f"{path.parent}: cannot be written ({error}); is the disk full?") from error
+        raise SaveError(f"{path.parent}: cannot be written ({error})") from error
     path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 

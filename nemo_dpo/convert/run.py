@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_dpo.checkpoint import CheckpointError, SaveError, archive
+from nemo_dpo.checkpoint import CheckpointError, archive, io_error
 from nemo_dpo.checkpoint.weights import stream_weights
 from nemo_dpo.convert.compare import check_same
 from nemo_dpo.convert.family import ONE_RANK, to_model_config
@@ -218,7 +218,7 @@ def nemo_to_hf(
 
 @contextlib.contextmanager
 def temporary_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output`, on the same file system, gone afterwards; a full disk becomes a SaveError."""
+    """A folder beside `output`, on its file system, gone afterwards; an error of the system becomes `io_error`'s."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as parent:
@@ -226,7 +226,7 @@ def temporary_folder(output: Path) -> Iterator[Path]:
             folder.mkdir()
             yield folder
     except OSError as error:
-        raise SaveError(f"{output}: cannot be written ({error.strerror or error}); is the disk full?") from error
+        raise io_error(error, output) from error
 
 
 def check_folder_target(output: Path, *, overwrite: bool) -> None:

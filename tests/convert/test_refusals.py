@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_dpo.checkpoint import CheckpointError, archive
+from nemo_dpo.checkpoint import CheckpointError, SaveError, archive
+from nemo_dpo.checkpoint.weights import Chunk, write_weights
 from nemo_dpo.convert import hf_to_nemo, nemo_to_hf
 from nemo_dpo.convert.hf import read_json
 from nemo_dpo.model.architecture import ArchitectureError
@@ -155,6 +157,39 @@ def test_a_full_disk_leaves_what_was_there_and_no_rubbish(converted: tuple[Path,
         assert "\n" not in str(caught.value)
     assert nemo.read_bytes() == before
     assert {entry.name for entry in nemo.parent.iterdir()} == {"hf", "model.nemo"}
+
+
+def test_an_error_of_the_system_says_which_file_and_what_was_done_with_it(
+    converted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = converted
+    output = tmp_path / "x.nemo"
+    cases = [
+        (OSError(errno.EIO, "Input/output error", str(source / "model.safetensors")), CheckpointError,
+         r"hf/model\.safetensors: cannot be read \(Input/output error\)"),
+        (OSError(errno.EACCES, "Permission denied", str(tmp_path)), SaveError,
+         r"x\.nemo: cannot be written \(Permission denied\)"),
+        (OSError(errno.EACCES, "Permission denied", str(tmp_path / ".x.nemo.ab" / "content")), SaveError,
+         r"x\.nemo: cannot be written \(Permission denied\)"),
+        (OSError(errno.EDQUOT, "Quota exceeded"), SaveError, r"x\.nemo: cannot be written \(Quota exceeded\)"),
+        (OSError(errno.ENOSPC, "No space left on device"), SaveError,
+         r"x\.nemo: cannot be written \(No space left on device; free some space\)"),
+    ]  # fmt: skip
+    for error, kind, match in cases:
+
+        def fail(*_: Any, error: OSError = error) -> None:
+            raise error
+
+        monkeypatch.setattr("nemo_dpo.convert.run.stream_weights", fail)
+        with pytest.raises(kind, match=f"{match}$") as caught:
+            hf_to_nemo(source, output)
+        assert type(caught.value) is kind and not output.exists()
+
+
+def test_a_full_disk_is_named_though_torch_hides_it(tmp_path: Path) -> None:
+    chunk = Chunk("x", torch.zeros(100_000))
+    with full_disk(10_000), pytest.raises(SaveError, match=r"distcp: cannot be written \(File too large\)$"):
+        write_weights(tmp_path / "w", [chunk])
 
 
 @pytest.mark.parametrize(
