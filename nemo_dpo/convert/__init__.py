@@ -48,8 +48,10 @@ def nemo_to_hf(
     run.nemo_to_hf(source, output, precision=precision, overwrite=overwrite, families=families, verify=verify)
 
 
-def gguf_to_hf(source: Path, output: Path, *, precision: str = "32", overwrite: bool = False) -> None:
+def gguf_to_hf(
+    source: Path, output: Path, *, precision: str = "32", overwrite: bool = False, verify: bool = True
+) -> None:
     """Convert a Llama-family GGUF file to the Hugging Face folder `output`; see `convert.gguf.gguf_to_hf`."""
     from nemo_dpo.convert import gguf
 
-    gguf.gguf_to_hf(source, output, precision=precision, overwrite=overwrite)
+    gguf.gguf_to_hf(source, output, precision=precision, overwrite=overwrite, verify=verify)

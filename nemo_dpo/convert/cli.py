@@ -14,6 +14,7 @@ from nemo_dpo.checkpoint import CheckpointError
 from nemo_dpo.model.architecture import ArchitectureError
 from nemo_dpo.tokenizer import TokenizerError
 
+CHECKPOINT = "Hugging Face folder, GGUF file, .nemo file or extracted .nemo folder"
 FAILED = 2
 Main = Callable[[Sequence[str] | None], int]
 PRECISION = "32, bf16 or 16 (also as NeMo's bf16-mixed, 32-true, …): convert the weights (default: keep)"
@@ -82,7 +83,7 @@ def _hf_to_nemo(args: argparse.Namespace) -> None:
     from nemo_dpo.convert.gguf import hf_folder
 
     check_target(args.output_path, overwrite=args.overwrite)  # before a download
-    with hf_folder(args.input_name_or_path, args.output_path) as source:
+    with hf_folder(args.input_name_or_path, args.output_path, verify=not args.skip_verify) as source:
         hf_to_nemo(
             source,
             args.output_path,
@@ -112,7 +113,7 @@ def verify_script(description: str) -> Main:
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = _parser(description)
-        parser.add_argument("first", type=Path, help="Hugging Face folder, .nemo file or extracted .nemo folder")
+        parser.add_argument("first", type=Path, help=CHECKPOINT)
         parser.add_argument("second", type=Path, help="another")
         parser.add_argument(
             "--precision", help="32, bf16 or 16: round the parameters of both before they are compared (default: no)"
@@ -139,7 +140,7 @@ def inspect_script(description: str) -> Main:
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = _parser(description)
-        parser.add_argument("checkpoint", type=Path, help="Hugging Face folder, .nemo file or extracted .nemo folder")
+        parser.add_argument("checkpoint", type=Path, help=CHECKPOINT)
         parser.add_argument("--json", action="store_true", help="as JSON instead of a table")
         parser.add_argument("--skip_hash", action="store_true", help="leave out the hash, which reads all weights")
         return run(_inspect, parser.parse_args(argv))
@@ -158,14 +159,20 @@ def nemo_to_mcore(args: argparse.Namespace) -> None:
     """convert_nemo_gpt_to_mcore.py, convert_gpt_nemo_to_mcore.py"""
     from nemo_dpo.convert.to_mcore import nemo_to_mcore as convert
 
-    convert(args.input, args.output, overwrite=args.overwrite)
+    convert(args.input, args.output, overwrite=args.overwrite, verify=not args.skip_verify)
 
 
 def gguf_to_hf(args: argparse.Namespace) -> None:
     """convert_gguf_to_hf.py"""
     from nemo_dpo.convert import gguf_to_hf as convert
 
-    convert(args.input_name_or_path, args.output_path, precision=args.precision, overwrite=args.overwrite)
+    convert(
+        args.input_name_or_path,
+        args.output_path,
+        precision=args.precision,
+        overwrite=args.overwrite,
+        verify=not args.skip_verify,
+    )
 
 
 def peft_to_nemo(args: argparse.Namespace) -> None:
@@ -189,4 +196,11 @@ def merge_lora(args: argparse.Namespace) -> None:
     """merge_lora.py"""
     from nemo_dpo.convert.merge import merge_adapter
 
-    merge_adapter(args.base, args.adapter, args.output, precision=args.precision, overwrite=args.overwrite)
+    merge_adapter(
+        args.base,
+        args.adapter,
+        args.output,
+        precision=args.precision,
+        overwrite=args.overwrite,
+        verify=not args.skip_verify,
+    )

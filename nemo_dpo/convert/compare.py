@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nemo_dpo.checkpoint import CheckpointError
+from nemo_dpo.checkpoint import CheckpointError, archive
+from nemo_dpo.checkpoint.fingerprint import Piece, pieces
+from nemo_dpo.checkpoint.weights import Chunk, read_weights
 from nemo_dpo.convert.family import to_model_config
 from nemo_dpo.convert.opened import Opened
 
@@ -98,12 +101,41 @@ def check_same(left: Opened, right: Opened, dtype: torch.dtype | None) -> None:
     if left.entries(dtype) != right.entries(None):
         raise CheckpointError(f"{right.path}: names, shapes or dtypes are not those that were to be written")
     for name, a, b in _pairs(left, right, None, dtype):
-        if difference := _difference(name, a, b):
-            raise CheckpointError(
-                f"{right.path}: {name} was read back different from {left.path} ({difference.what}); the disk or the "
-                "memory of this host is not to be trusted, or the converter is wrong"
-            )
+        _check_equal(name, a, b, left.path, right.path)
         del a, b
+
+
+def check_written(written: Path, chunks: Iterable[Chunk], source: Path) -> None:
+    """Refuse the archive `written` unless it holds `chunks`, which are made of `source` again, and nothing else.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    with archive.open_parts(written, written.parent) as (_, stored):
+        weights = read_weights(stored)
+        left = {Piece(name, layer) for name, layer in pieces(weights)}
+        for chunk in chunks:
+            piece = Piece(chunk.name, chunk.layer)
+            if piece not in left:
+                raise CheckpointError(f"{written}: lacks {chunk.name}, layer {chunk.layer}, which was to be written")
+            left.remove(piece)
+            found = weights[chunk.name] if chunk.layer is None else weights.layer(chunk.name, chunk.layer)
+            _check_equal(chunk.name, chunk.tensor, found, source, written)
+            del chunk, found  # or they would live on while the next ones are made
+        if left:
+            raise CheckpointError(f"{written}: holds {min(left).name}, which was not to be written")
+
+
+def _check_equal(name: str, expected: Tensor, found: Tensor, source: Path, written: Path) -> None:
+    if expected.shape != found.shape:
+        raise CheckpointError(
+            f"{written}: {name} has shape {list(found.shape)}, {list(expected.shape)} was to be written"
+        )
+    if difference := _difference(name, expected, found):
+        raise CheckpointError(
+            f"{written}: {name} was read back different from {source} ({difference.what}); the disk or the memory of "
+            "this host is not to be trusted, or the converter is wrong"
+        )
 
 
 def config_differences(left: Opened, right: Opened) -> dict[str, tuple[Any, Any]]:

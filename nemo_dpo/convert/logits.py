@@ -1,4 +1,4 @@
-"""Logits of a checkpoint in fp32: a Hugging Face folder's by transformers, a `.nemo`'s by our model code."""
+"""Logits of a checkpoint in fp32: by transformers in Hugging Face's names, of a `.nemo` by our model code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemo_dpo.checkpoint import archive
 from nemo_dpo.convert.old_nemo import open_modern
-from nemo_dpo.convert.opened import HfFolder, Opened
+from nemo_dpo.convert.opened import GgufFile, HfFolder, Opened
 from nemo_dpo.tokenizer import Tokenizer
 
 PROMPTS = (
@@ -49,7 +49,7 @@ def prompt_ids(opened: Opened, tokenizer: Tokenizer) -> list[list[int]]:
 
 def logits_of(opened: Opened, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """[tokens, vocabulary] in fp32 for each prompt. The whole model is in memory, in fp32, until this returns."""
-    return _by_transformers(opened.path, prompts) if isinstance(opened, HfFolder) else _by_our_code(opened, prompts)
+    return _by_transformers(opened, prompts) if isinstance(opened, HfFolder) else _by_our_code(opened, prompts)
 
 
 def largest_difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> LogitsDifference:
@@ -64,12 +64,27 @@ def largest_difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> Logit
     return max(found, key=lambda difference: difference.amount)
 
 
-def _by_transformers(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+def _by_transformers(opened: HfFolder, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    if isinstance(opened, GgufFile):
+        model = _filled(opened)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(opened.path, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         return [model(torch.tensor([list(ids)])).logits[0] for ids in prompts]
+
+
+def _filled(opened: GgufFile) -> Any:
+    """transformers' model with the values of `opened`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**opened.hf_config()), dtype=torch.float32).eval()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in opened.tensors(torch.float32, ""):
+            parameters[name].copy_(tensor)
+    return model
 
 
 def _by_our_code(nemo: Opened, prompts: Sequence[Sequence[int]]) -> list[Tensor]:

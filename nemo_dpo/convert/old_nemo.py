@@ -129,7 +129,14 @@ def open_modern(path: Path, scratch: Path | None = None, *, loadable: bool = Fal
 
 
 def write_modern(folder: Path, target: Path) -> None:
-    """Write the extracted archive `folder` of any layout into the folder `target` as megatron-core's.
+    """Write the extracted archive `folder` of any layout into the folder `target`; see `modernised`."""
+    config, chunks = modernised(folder)
+    write_rest(folder, config, target)
+    write_weights(target / archive.MODEL_WEIGHTS, chunks)
+
+
+def modernised(folder: Path) -> tuple[Config, Iterator[Chunk]]:
+    """model_config.yaml and weights of the extracted archive `folder` of any layout as megatron-core has them.
 
     Raises:
         CheckpointError, ArchitectureError, TokenizerError: anything missing, damaged, unsupported or unmatched, or
@@ -137,17 +144,18 @@ def write_modern(folder: Path, target: Path) -> None:
     """
     config = archive.read_model_config(folder)
     weights = folder / archive.MODEL_WEIGHTS
-    if weights.is_dir():
-        stored = read_weights(weights)
-        if kind_of(weights) != ZARR and not isinstance(stored, Respelled):
-            raise CheckpointError(f"{folder}: is a checkpoint of megatron-core already; there is nothing to convert")
-        chunks = _chunks(stored)
-    else:
-        prefix = NEW if config.get("mcore_gpt") else OLD
-        config, chunks = _converted(config, prefix, folder)
+    if not weights.is_dir():
+        return _converted(config, NEW if config.get("mcore_gpt") else OLD, folder)
+    stored = read_weights(weights)
+    if kind_of(weights) != ZARR and not isinstance(stored, Respelled):
+        raise CheckpointError(f"{folder}: is a checkpoint of megatron-core already; there is nothing to convert")
+    return config, _chunks(stored)
+
+
+def write_rest(folder: Path, config: Config, target: Path) -> None:
+    """All of `folder` but its weights into `target`, with `config` as model_config.yaml."""
     left = (archive.MODEL_CONFIG, archive.MODEL_WEIGHTS, *(f"{name}*" for name in archive.LEGACY_WEIGHTS))
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*left), dirs_exist_ok=True)
-    write_weights(target / archive.MODEL_WEIGHTS, chunks)
     archive.write_model_config(config, target)
 
 

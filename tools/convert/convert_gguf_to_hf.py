@@ -23,6 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_path", required=True, type=Path, help="the folder to write")
     parser.add_argument("--precision", choices=("32", "bf16", "16"), default="32", help="of the weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--skip_verify", action="store_true", help="do not read the output again to compare it")
     return parser.parse_args(argv)
 
 

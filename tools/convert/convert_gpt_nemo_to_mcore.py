@@ -27,6 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_path", dest="output", required=True, type=Path, help="the .nemo file to write")
     parser.add_argument("--cpu_only", action="store_true", help="accepted as in NeMo: it always runs on the CPU")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--skip_verify", action="store_true", help="do not read the output again to compare it")
     parser.add_argument(
         "--ignore_if_missing",
         choices=(DERIVED,),

@@ -22,6 +22,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out-file", dest="output", required=True, type=Path, help="the .nemo file to write")
     parser.add_argument("--cpu-only", action="store_true", help="accepted as in NeMo: it always runs on the CPU")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument(
+        "--skip-verify", dest="skip_verify", action="store_true", help="do not read the output again to compare it"
+    )
     return parser.parse_args(argv)
 
 

@@ -3,7 +3,7 @@
 
     python tools/convert/inspect.py mcore_gpt.nemo
 
-The checkpoint is a Hugging Face folder, a `.nemo` file or an extracted `.nemo` folder.
+The checkpoint is a Hugging Face folder, a GGUF file, a `.nemo` file or an extracted `.nemo` folder.
 """
 
 import sys

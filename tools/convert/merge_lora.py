@@ -23,6 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="the .nemo file to write")
     parser.add_argument("--precision", choices=("32", "bf16", "16"), help="convert the weights (default: the base's)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--skip_verify", action="store_true", help="do not read the output again to compare it")
     return parser.parse_args(argv)
 
 

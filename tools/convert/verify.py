@@ -3,8 +3,8 @@
 
     python tools/convert/verify.py /path/to/model mcore_gpt.nemo
 
-Each is a Hugging Face folder, a `.nemo` file or an extracted `.nemo` folder. Exit status: 0 equal, 1 different, 2
-cannot be compared.
+Each is a Hugging Face folder, a GGUF file, a `.nemo` file or an extracted `.nemo` folder. Exit status: 0 equal, 1
+different, 2 cannot be compared.
 """
 
 import sys
