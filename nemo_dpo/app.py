@@ -27,7 +27,7 @@ from nemo_dpo.checkpoint.weights import check_metadata_pickle
 from nemo_dpo.config import Config
 from nemo_dpo.lora.spec import POLICY
 from nemo_dpo.losses import build_objective
-from nemo_dpo.model.architecture import Architecture, stated_vocab_size
+from nemo_dpo.model.architecture import TRAINING_ONLY, Architecture, stated_vocab_size
 from nemo_dpo.parallel import cpu_host
 from nemo_dpo.parallel.collective import agree, on_rank_zero
 from nemo_dpo.parallel.engine import Engine, Evaluator
@@ -178,6 +178,7 @@ def layout_of(cfg: Config, world: int) -> Layout:
         pp=model.pipeline_model_parallel_size,
         vpp=chunks if chunks > 1 else None,
         sequence_parallel=model.sequence_parallel and model.tensor_model_parallel_size > 1,
+        ep=model.expert_model_parallel_size,
     )
 
 
@@ -198,13 +199,13 @@ def cached_reference(cfg: Config, start: Start[E]) -> CachedReference | None:
     """The log-probs of the model as it is now, by forward passes where they are not on disk yet. Collective."""
     engine, adapter = start.engine, _adapter_of(cfg.model.reference_kind.removeprefix("cached:"))
     folder = Path(cfg.model.dpo.reference.cache_dir or start.log_dir / "reference_cache").absolute()
-    shape = asdict(Architecture.parse(start.model_config))
+    shape = {k: v for k, v in asdict(Architecture.parse(start.model_config)).items() if k not in TRAINING_ONLY}
     key = {
         "weights": start.weights,
         "base_quantization": quantization(cfg),
         "adapter": str(start.adapted and start.adapted.hashes.get(adapter or "")),
         "precision": "bf16" if cfg.trainer.bf16 else "fp32",
-        "architecture": {name: value for name, value in shape.items() if not name.endswith("dropout")},  # off here
+        "architecture": shape,
     }
     reference = fill(
         folder,

@@ -24,10 +24,11 @@ from nemo_dpo.config.schema import Config
 _TP = "model.tensor_model_parallel_size"
 _PP = "model.pipeline_model_parallel_size"
 _VPP = "model.virtual_pipeline_model_parallel_size"
+_EP = "model.expert_model_parallel_size"
 
 # Keys of the layout over ranks → what null means.
 _LAYOUT = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-_LAYOUT |= {"virtual_pipeline_model_parallel_size": 1, "sequence_parallel": False}
+_LAYOUT |= {"virtual_pipeline_model_parallel_size": 1, "sequence_parallel": False, "expert_model_parallel_size": 1}
 
 
 def check(cfg: Config) -> None:
@@ -48,7 +49,12 @@ def check_layout(cfg: Config, world_size: int) -> None:
             f"{_TP}={tp} × {_PP}={pp} = {tp * pp} must divide the number of ranks, {world_size}; "
             "change trainer.devices × trainer.num_nodes or the parallel sizes"
         )
-    dp = world_size // (tp * pp)
+    dp, ep = world_size // (tp * pp), model.expert_model_parallel_size
+    if dp % ep:
+        raise ConfigError(
+            f"{_EP}={ep} must divide the number of data-parallel ranks, {world_size} / ({_TP}={tp} × {_PP}={pp}) = "
+            f"{dp}; change trainer.devices × trainer.num_nodes or the parallel sizes"
+        )
     _raise_if(_batch_sizes(cfg, dp))
 
 
@@ -56,7 +62,7 @@ def check_model(cfg: Config, model_config: Mapping[str, Any]) -> None:
     """Against ``model_config``, the checkpoint's model_config.yaml with NeMo's defaults: shapes, and divisors."""
     _raise_if(_changed_shapes(cfg, model_config))
     _raise_if([*_divisions(cfg, model_config), *_sequence_length(cfg, model_config)])
-    _raise_if([*_recompute(cfg, model_config), *_layer_selection(cfg, model_config)])
+    _raise_if([*_recompute(cfg, model_config), *_layer_selection(cfg, model_config), *_experts(cfg, model_config)])
 
 
 def check_folders(cfg: Config) -> None:
@@ -280,6 +286,35 @@ def _layer_selection(cfg: Config, model_config: Mapping[str, Any]) -> Iterator[s
     chunks = cfg.model.pipeline_model_parallel_size * (cfg.model.virtual_pipeline_model_parallel_size or 1)
     if selected and layers % chunks == 0 and (problem := stage_without_adapter(selected, layers, chunks)):
         yield f"model.peft.lora_tuning.layer_selection={selected}: {problem}"
+
+
+def _experts(cfg: Config, model_config: Mapping[str, Any]) -> Iterator[str]:
+    model, experts = cfg.model, model_config.get("num_moe_experts")
+    ep, tp = model.expert_model_parallel_size, model.tensor_model_parallel_size
+    if not experts:
+        if ep > 1:
+            yield f"{_EP}={ep} needs a model with experts, and the checkpoint's has none; leave it out"
+        for key in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
+            if (value := getattr(model, key)) is not None:
+                yield f"model.{key}={value} has no effect: the checkpoint's model has no experts; leave it out"
+        return
+    if int(experts) % ep:
+        yield f"{_EP}={ep} must divide the model's num_moe_experts={experts}, that is be one of {_divisors(experts)}"
+    if tp > 1 and not model.sequence_parallel:
+        yield f"{_TP}={tp} with experts needs model.sequence_parallel=true; set it"
+    if model.transformer_engine:
+        yield "model.transformer_engine=true: experts are not offered in Transformer Engine's layers; set it to null"
+    targets = model.peft.lora_tuning.target_modules or []
+    if model.peft.lora and (wrong := [name for name in targets if name in ("mlp", "mlp_fc1", "mlp_fc2", "all")]):
+        yield (
+            f"model.peft.lora_tuning.target_modules={targets}: {', '.join(wrong)} names experts, which can have no "
+            "adapters; use attention, attention_qkv or attention_dense"
+        )
+    if model.peft.base_quantization:
+        yield (
+            f"model.peft.base_quantization={model.peft.base_quantization} is not offered for a model with experts; set "
+            "it to null"
+        )
 
 
 def _divisors(number: int) -> str:

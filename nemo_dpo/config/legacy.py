@@ -57,7 +57,8 @@ _UB = "Transformer Engine's overlap of communication is not offered"
 _UB_UNUSED = "not used without model.ub_tp_comm_overlap"
 _NEMO_RUNTIME = "set by the trainer itself"
 _DIST_CKPT = "checkpoints are written and read in parallel in torch_dist format, on the CPU"
-_MOE = "mixture-of-experts models are not trained yet"
+_EXPERTS = "each expert has matrices of its own, which its tensor parallel ranks share"
+_DISPATCH = "tokens are sent to their experts by all-to-all"
 _CALLBACK = "the callback is not offered"
 _CALLBACK_UNUSED = "not used without its callback"
 _TIMING = "step times, throughput and memory are always logged"
@@ -126,8 +127,7 @@ _EXP_MANAGER: dict[str, Rule] = {
 _PARALLEL: dict[str, Rule] = {
     "ffn_dropout": Refused("megatron-core has no dropout inside the MLP", (None, 0, 0.0)),
     "context_parallel_size": Refused("context parallelism is not offered", (None, 1)),
-    "expert_model_parallel_size": Refused(_MOE, (None, 1)),
-    "expert_tensor_parallel_size": Refused(_MOE, (None, 1)),
+    "expert_tensor_parallel_size": Refused(_EXPERTS, (None,)),
     "pipeline_model_parallel_split_rank": Refused("there are no encoder-decoder models", (None, 0)),
     "rampup_batch_size": Refused("the global batch size is constant"),
     "fsdp": Refused(_SHARDED, OFF),
@@ -154,10 +154,8 @@ _PARALLEL: dict[str, Rule] = {
     "ub_tp_comm_overlap_cfg": Mapped(_UB_UNUSED),
     **{f"tp_comm_{key}": Refused(_UB, OFF) for key in ("atomic_ag", "atomic_rs", "bulk_dgrad", "bulk_wgrad")},
     **{f"tp_comm_{key}": Refused(_UB, OFF) for key in ("overlap_ag", "overlap_rs", "overlap_rs_dgrad", "split_ag")},
-    "moe_grouped_gemm": Refused(_MOE, OFF),
-    "moe_router_load_balancing_type": Refused(_MOE),
-    "moe_token_dispatcher_type": Refused(_MOE),
-    "moe_aux_loss_coeff": Refused(_MOE, (None, 0, 0.0)),
+    "moe_grouped_gemm": Refused(_EXPERTS, OFF),
+    "moe_token_dispatcher_type": Mapped(_DISPATCH, (None, "alltoall")),
 }
 
 _NUMERICS: dict[str, Rule] = {

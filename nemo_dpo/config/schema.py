@@ -194,6 +194,13 @@ class ModelConfig(Architecture):
     """Chunks of layers per pipeline rank (interleaved schedule); needs PP ≥ 2."""
     sequence_parallel: bool = False
     """Split activations along the sequence between the TP ranks; needs TP ≥ 2."""
+    expert_model_parallel_size: int = 1
+    """Data-parallel ranks that share the experts of each layer (EP)."""
+    moe_router_load_balancing_type: str | None = None
+    """The routers' auxiliary loss: aux_loss (of a micro-batch), seq_aux_loss (of a sequence) or none; null is the
+    checkpoint's."""
+    moe_aux_loss_coeff: float | None = None
+    """Weight of the routers' auxiliary loss; null is the checkpoint's, 0 is off."""
     activations_checkpoint_granularity: str | None = None
     """Recompute activations in the backward pass: full or selective; null is the checkpoint's, none is off."""
     activations_checkpoint_method: str | None = None

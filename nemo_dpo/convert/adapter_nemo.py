@@ -223,10 +223,11 @@ def _spec_of(config: Mapping[str, Any], dimensions: Dimensions, path: Path) -> L
     alpha: Any = rank if tuning.get("alpha") is None else tuning["alpha"]
     targets, layers = tuning.get("target_modules", ["attention_qkv"]), tuning.get("layer_selection")
     variant = tuning.get("variant", "nemo")
+    known = {target for target, linears in TARGETS.items() if dimensions.linears().keys() >= set(linears)}
     wrong = {
         "adapter_dim": not isinstance(rank, int) or rank < 1,
         "alpha": not isinstance(alpha, int | float),
-        "target_modules": not _all_in(targets, TARGETS),
+        "target_modules": not _all_in(targets, known),
         "variant": variant not in VARIANTS,
         "layer_selection": layers is not None and not _all_in(layers, range(1, dimensions.layers + 1)),
         "weight_tying": bool(tuning.get("weight_tying")),

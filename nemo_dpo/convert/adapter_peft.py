@@ -30,7 +30,7 @@ from nemo_dpo.convert.rules import Rule, interleave, separate
 from nemo_dpo.convert.run import ADAPTER_CONFIG as CONFIG_FILE
 from nemo_dpo.convert.run import check_folder_target, move_into_place, temporary_folder
 from nemo_dpo.lora.file import AdapterFile, Part, parts
-from nemo_dpo.lora.spec import TARGETS, LoraSpec
+from nemo_dpo.lora.spec import LoraSpec
 from nemo_dpo.model.architecture import completed
 
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -179,8 +179,13 @@ class Names:
             rule.nemo.removesuffix(".weight").rpartition(".")[2]: rule
             for rule in family_of_nemo(config).table(config).rules
         }
-        self._rules: dict[str, Rule] = {linear: rules[linear] for linear in TARGETS["all"]}
+        self._rules: dict[str, Rule] = {linear: rules[linear] for linear in self.dimensions.linears()}
         self._linears = self.dimensions.linears()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linear layers that can have adapters."""
+        return tuple(self._linears)
 
     @property
     def transposed(self) -> bool:
@@ -238,7 +243,7 @@ def _described(peft: Mapping[str, Any], names: Names, source: Path) -> tuple[Lor
         raise CheckpointError(f"{source}: r={rank!r} and lora_alpha={alpha!r}; expected a whole number and a number")
     if peft.get("use_rslora"):  # scale lora_alpha / √r in place of lora_alpha / r
         alpha *= math.sqrt(rank)
-    spec = LoraSpec(TARGETS["all"], rank, float(alpha), names.variant)
+    spec = LoraSpec(names.linears, rank, float(alpha), names.variant)
     wanted = _wanted(peft, names.projections(spec), source)
     places = [one.parts[0] for one in wanted]
     layers, kinds = sorted({part.layer for part in places}), {one.kind for one in wanted}
@@ -303,7 +308,7 @@ def _check_supported(peft: Mapping[str, Any], names: Names, source: Path) -> Non
 
 
 def _plain_config(spec: LoraSpec, names: Names, adapted: list[Projection]) -> dict[str, Any]:
-    every = {one.module for one in names.projections(replace(spec, linears=TARGETS["all"]))}
+    every = {one.module for one in names.projections(replace(spec, linears=names.linears))}
     wanted = {one.module for one in adapted}
     modules = {_shortest(module, every, wanted) for module in wanted}
     alpha = int(spec.alpha) if spec.alpha.is_integer() else spec.alpha

@@ -15,7 +15,7 @@ from typing import Any
 from nemo_dpo.checkpoint import CheckpointError
 from nemo_dpo.convert.rope import LLAMAS_ROPE, RopeKeys, rope_from_hf, rope_from_nemo, rope_to_hf, rope_to_nemo
 from nemo_dpo.convert.rules import Dims, Table
-from nemo_dpo.model.architecture import DERIVED, Architecture, completed, padded_vocab_size
+from nemo_dpo.model.architecture import DERIVED, TRAINING_ONLY, Architecture, completed, padded_vocab_size
 
 Config = dict[str, Any]
 LARGEST = 10**15  # no quantity of a model is above it
@@ -29,7 +29,7 @@ ONE_RANK = {
 }
 # Fields of `Architecture` in which two configs of one model may differ: what only training or a layout goes by, and the
 # size that the tokenizer decides where NeMo's config is silent. Shapes of weights are checked one by one.
-INCIDENTAL = ("hidden_dropout", "attention_dropout", "make_vocab_size_divisible_by", "vocab_size")
+INCIDENTAL = (*TRAINING_ONLY, "make_vocab_size_divisible_by", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def dims_of(config: Config) -> Dims:
         vocab=full["vocab_size"],
         padded_vocab=padded_vocab_size(full["vocab_size"], full["make_vocab_size_divisible_by"]),
         positions=full["max_position_embeddings"],
+        experts=full["num_moe_experts"] or 0,
     )
 
 

@@ -26,12 +26,13 @@ class RopeKeys:
     Attributes:
         base: the key of theta.
         percent: the key of the share of a head's channels that turn; None if the family turns all.
-        default_percent: where config.json does not say it.
+        default_percent, default_base: where config.json does not say it.
     """
 
     base: str = "rope_theta"
     percent: str | None = None
     default_percent: float = 1.0
+    default_base: float = DEFAULT_BASE
 
 
 LLAMAS_ROPE = RopeKeys()
@@ -57,7 +58,7 @@ class Rope:
 def rope_from_hf(hf: dict[str, Any], keys: RopeKeys) -> Rope:
     """Read either form of config.json; refuses scalings that megatron-core has not, and a percentage out of place."""
     given = {**_section(hf, "rope_scaling"), **_section(hf, "rope_parameters")}
-    base = given.get("rope_theta") or hf.get(keys.base) or DEFAULT_BASE
+    base = given.get("rope_theta") or hf.get(keys.base) or keys.default_base
     kind = given.get("rope_type") or given.get("type") or "default"
     key = keys.percent or "partial_rotary_factor"
     percent = given.get("partial_rotary_factor") or hf.get(key) or keys.default_percent

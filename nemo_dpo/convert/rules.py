@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Dims:
     vocab: int
     padded_vocab: int
     positions: int
+    experts: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -52,6 +53,7 @@ class Dims:
             "ffn": self.ffn,
             "vocab": self.vocab,
             "positions": self.positions,
+            "experts": self.experts,
             "head": self.head_dim,
             "q": query,
             "kv": key,
@@ -167,6 +169,40 @@ class GatedMlp(Rule):
 
     def unpack(self, tensor: Tensor, dims: Dims) -> tuple[Tensor, ...]:
         return tensor.chunk(2)
+
+
+@dataclass(frozen=True)
+class PerExpert(Rule):
+    """One rule for every expert, stacked: [experts, …].
+
+    Attributes:
+        hf: the parts of expert 0, then those of expert 1, and so on.
+        each: the rule of one expert.
+    """
+
+    each: Rule
+
+    @classmethod
+    def of(cls, each: Rule, experts: int) -> PerExpert:
+        """`each`, whose parts have `{expert}` in their names, for so many."""
+        parts = tuple(
+            replace(param, name=param.name.replace("{expert}", str(number)))
+            for number in range(experts)
+            for param in each.hf
+        )
+        return cls(each.nemo, parts, each)
+
+    def stored_shape(self, dims: Dims) -> tuple[int, ...]:
+        return (len(self.hf) // len(self.each.hf), *self.each.stored_shape(dims))
+
+    def pack(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        stack, each = parts[0].new_empty(self.stored_shape(dims)), len(self.each.hf)
+        for number in range(len(stack)):
+            stack[number] = self.each.pack(parts[number * each : (number + 1) * each], dims)
+        return stack
+
+    def unpack(self, tensor: Tensor, dims: Dims) -> tuple[Tensor, ...]:
+        return tuple(part for expert in tensor for part in self.each.unpack(expert, dims))
 
 
 @dataclass(frozen=True)

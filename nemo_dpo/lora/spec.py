@@ -52,13 +52,19 @@ class Dimensions:
     query_groups: int
     head_channels: int
     gated: bool
+    experts: bool = False  # in place of the MLP
 
     def linears(self) -> dict[str, Linear]:
-        """megatron-core's linear layers by name."""
-        attention, kv = self.heads * self.head_channels, self.query_groups * self.head_channels
+        """megatron-core's linear layers that can have adapters, by name: those of experts cannot."""
+        heads, kv = self.heads * self.head_channels, self.query_groups * self.head_channels
+        attention = {
+            "linear_qkv": Linear(self.hidden, {"q": heads, "k": kv, "v": kv}, self.query_groups),
+            "linear_proj": Linear(heads, {"o": self.hidden}),
+        }
+        if self.experts:
+            return attention
         return {
-            "linear_qkv": Linear(self.hidden, {"q": attention, "k": kv, "v": kv}, self.query_groups),
-            "linear_proj": Linear(attention, {"o": self.hidden}),
+            **attention,
             "linear_fc1": Linear(self.hidden, {"gate": self.ffn, "up": self.ffn} if self.gated else {"up": self.ffn}),
             "linear_fc2": Linear(self.ffn, {"down": self.hidden}),
         }

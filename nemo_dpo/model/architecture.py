@@ -24,6 +24,8 @@ ACTIVATIONS = {
     "relu": ("relu", False),
 }
 NORMALIZATIONS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm", "layernorm1p": "LayerNorm"}
+# How the router's auxiliary loss is taken: of a micro-batch as a whole, of each sequence, or not at all.
+LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "none")
 POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
 # NeMo's `name` selects the kind of layer, and NeMo refuses one that it does not know, null among them; a missing one is
 # the empty text. Ours, of GPT-NeoX: attention and MLP both read the layer's input.
@@ -55,6 +57,10 @@ DEFAULTS: Mapping[str, object] = {
     "hidden_dropout": 0.1,
     "attention_dropout": 0.1,
     "make_vocab_size_divisible_by": 128,
+    "num_moe_experts": None,
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.0,
 }
 NULLS: Mapping[str, object] = {
     "bias": False,
@@ -104,7 +110,22 @@ COMPUTED: Mapping[str, tuple[object, ...]] = {
     "mcore_customization_config": ({},),
     "drop_layers": ([],),
     "mtp_num_layers": (0,),
-    "num_moe_experts": (0,),
+    "moe_layer_freq": (1,),
+    "moe_ffn_hidden_size": (),
+    "moe_shared_expert_intermediate_size": (0,),
+    "moe_router_pre_softmax": (False,),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_topk_scaling_factor": (),
+    "moe_router_num_groups": (),
+    "moe_router_group_topk": (),
+    "moe_router_topk_limited_devices": (),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_expert_capacity_factor": (),
+    "moe_token_dropping": (False,),
+    "moe_input_jitter_eps": (0,),
+    "moe_z_loss_coeff": (0,),
+    "moe_apply_probs_on_input": (False,),
+    "moe_latent_size": (),
 }
 
 
@@ -123,6 +144,8 @@ WHOLE_NUMBERS = (
     "max_position_embeddings",
     "encoder_seq_length",
     "make_vocab_size_divisible_by",
+    "num_moe_experts",
+    "moe_router_topk",
 )
 REAL_NUMBERS = (
     "layernorm_epsilon",
@@ -131,7 +154,12 @@ REAL_NUMBERS = (
     "seq_len_interpolation_factor",
     "hidden_dropout",
     "attention_dropout",
+    "moe_aux_loss_coeff",
 )
+
+
+# Fields of `Architecture` that change training, not what the model computes.
+TRAINING_ONLY = ("hidden_dropout", "attention_dropout", "load_balancing", "load_balancing_weight")
 
 
 class ArchitectureError(ValueError):
@@ -202,6 +230,10 @@ class Architecture:
     parallel_residual: bool
     hidden_dropout: float
     attention_dropout: float
+    experts: int | None  # in place of the MLP; None is an MLP
+    experts_per_token: int
+    load_balancing: str  # one of LOAD_BALANCING
+    load_balancing_weight: float
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], tokenizer_vocab_size: int | None = None) -> Architecture:
@@ -260,6 +292,7 @@ class Architecture:
             parallel_residual=config.get("name") == PARALLEL_RESIDUAL,
             hidden_dropout=float(config["hidden_dropout"]),
             attention_dropout=float(config["attention_dropout"]),
+            **_experts(config),
         )
 
     @property
@@ -273,6 +306,7 @@ class Architecture:
             query_groups=self.num_query_groups,
             head_channels=self.kv_channels,
             gated=self.gated,
+            experts=self.experts is not None,
         )
 
     def padded_vocab_size(self, tp_size: int) -> int:
@@ -334,6 +368,30 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
             raise ArchitectureError(
                 f"model_config.yaml: {key}={value!r} is not supported; known: {texts}{REMEDIES.get(key, '')}"
             )
+
+
+def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Architecture` about experts; refuses what cannot be built with them."""
+    experts, chosen = config["num_moe_experts"] or None, config["moe_router_topk"]
+    if experts is not None:
+        _check_experts(config, experts, chosen)
+    return {
+        "experts": experts,
+        "experts_per_token": chosen,
+        "load_balancing": _known(config, "moe_router_load_balancing_type", LOAD_BALANCING),
+        "load_balancing_weight": float(config["moe_aux_loss_coeff"]),
+    }
+
+
+def _check_experts(config: Mapping[str, Any], experts: int, chosen: int) -> None:
+    if not 2 <= chosen <= experts:
+        raise ArchitectureError(
+            f"model_config.yaml: moe_router_topk={chosen} of num_moe_experts={experts} is not supported; known: 2 to "
+            f"{experts}"
+        )
+    wrong = {"bias": bool(config["bias"]), "name": config.get("name") == PARALLEL_RESIDUAL}
+    for key in filter(wrong.get, wrong):
+        raise ArchitectureError(f"model_config.yaml: {key}={config[key]!r} is not supported with num_moe_experts")
 
 
 def _known(config: Mapping[str, Any], key: str, known: Any) -> str:

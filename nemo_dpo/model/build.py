@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,8 @@ from nemo_dpo.lora.linear import LoraColumnParallelLinear, LoraRowParallelLinear
 from nemo_dpo.model.architecture import Architecture
 from nemo_dpo.model.gpt import ResponseGPT
 from nemo_dpo.model.layers import CausalAttention, Norm, ParallelResidualLayer
-from nemo_dpo.parallel.groups import Groups
+from nemo_dpo.parallel.experts import Router, mark_experts
+from nemo_dpo.parallel.groups import Groups, Layout
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class BuildOptions:
         transformer_engine: use its layers.
         recompute_granularity, recompute_method, recompute_num_layers: megatron-core's activation recompute.
         hidden_dropout, attention_dropout: override the checkpoint's where not None.
+        load_balancing, load_balancing_weight: override the checkpoint's where not None.
         logps_chunk: response positions projected to the vocabulary at once.
         deterministic: ask megatron-core and Transformer Engine for deterministic kernels.
         hollow: the linear layers' weights take no memory until `checkpoint.sharded.load_by_layer` fills them.
@@ -63,6 +66,8 @@ class BuildOptions:
     recompute_num_layers: int | None = None
     hidden_dropout: float | None = None
     attention_dropout: float | None = None
+    load_balancing: str | None = None
+    load_balancing_weight: float | None = None
     logps_chunk: int = 1024
     deterministic: bool = False
     hollow: bool = False
@@ -114,6 +119,7 @@ def transformer_config(arch: Architecture, groups: Groups, options: BuildOptions
         recompute_method=options.recompute_method,
         recompute_num_layers=options.recompute_num_layers,
         calculate_per_token_loss=True,
+        **_expert_options(arch, layout, options),
         deterministic_mode=options.deterministic,
         use_cpu_initialization=on_cpu,
         perform_initialization=False,  # every parameter is read from the checkpoint
@@ -124,6 +130,23 @@ def transformer_config(arch: Architecture, groups: Groups, options: BuildOptions
         apply_rope_fusion=fused,
         persist_layer_norm=fused,
     )
+
+
+def _expert_options(arch: Architecture, layout: Layout, options: BuildOptions) -> dict[str, Any]:
+    if arch.experts is None:
+        return {}
+    kind, weight = options.load_balancing, options.load_balancing_weight
+    return {
+        "num_moe_experts": arch.experts,
+        "moe_router_topk": arch.experts_per_token,
+        "moe_ffn_hidden_size": arch.ffn_hidden_size,
+        "moe_router_load_balancing_type": arch.load_balancing if kind is None else kind,
+        "moe_aux_loss_coeff": arch.load_balancing_weight if weight is None else weight,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",  # data-parallel ranks have rows of different lengths
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.tp,
+    }
 
 
 def layer_specs(
@@ -144,7 +167,7 @@ def layer_specs(
 
 
 def _local_layer(arch: Architecture, *, hollow: bool) -> ModuleSpec:
-    layer = get_gpt_layer_local_spec(normalization=arch.normalization)
+    layer = get_gpt_layer_local_spec(num_experts=arch.experts, normalization=arch.normalization)
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
@@ -154,7 +177,12 @@ def _local_layer(arch: Architecture, *, hollow: bool) -> ModuleSpec:
     attention.linear_qkv, attention.linear_proj = column, row
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    mlp.linear_fc1, mlp.linear_fc2 = column, row
+    if arch.experts is None:
+        mlp.linear_fc1, mlp.linear_fc2 = column, row
+    else:
+        mlp.router = Router
+        # A norm of its own, as in Transformer Engine's layer: archives have it under that name.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return layer
 
 
@@ -197,6 +225,7 @@ def _build_chunk(
     chunk.logps_chunk = options.logps_chunk
     chunk.embedding_scale = math.sqrt(arch.hidden_size) if arch.scaled_embedding else None
     _mark_partitioned(chunk)
+    mark_experts(chunk)
     return chunk._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(groups.device))
 
 

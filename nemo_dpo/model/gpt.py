@@ -24,6 +24,15 @@ class TokenLogps(NamedTuple):
     mean_logits: Tensor  # [R] float32, no gradient: mean over the vocabulary of the logits at that position
 
 
+def padding_of(tokens: Tensor, response_positions: Tensor) -> Tensor:
+    """[rows, S] whether a token is padding: every row ends with its response."""
+    rows, length = tokens.shape
+    ends = torch.zeros(rows, dtype=torch.int64, device=tokens.device)
+    # A response's last token is the one behind the last position that predicts one.
+    ends.scatter_reduce_(0, response_positions // length, response_positions % length + 2, "amax")
+    return torch.arange(length, device=tokens.device) >= ends[:, None]
+
+
 class ResponseGPT(GPTModel):
     """GPTModel whose output layer sees response positions only.
 
@@ -59,7 +68,8 @@ class ResponseGPT(GPTModel):
         Returns:
             Hidden states [S, rows, hidden] (a slice of S under sequence parallelism), or TokenLogps on the last stage.
         """
-        hidden = self._decode(tokens, position_ids)
+        padding = None if self.config.num_moe_experts is None else padding_of(tokens, response_positions)
+        hidden = self._decode(tokens, position_ids, padding)
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
@@ -82,12 +92,14 @@ class ResponseGPT(GPTModel):
             start = start * torch.tensor(self.embedding_scale, dtype=start.dtype)
         return start, *rest
 
-    def _decode(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+    def _decode(self, tokens: Tensor, position_ids: Tensor, padding: Tensor | None) -> Tensor:
         start, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=position_ids)
         if self.pre_process and self.frozen_base and torch.is_grad_enabled():
             # Recomputed layers pass a gradient on, to their adapters too, only if their input asks for one.
             start = start.detach().requires_grad_()
-        return self.decoder(hidden_states=start, attention_mask=None, rotary_pos_emb=rotary)
+        if padding is not None and self.config.sequence_parallel:
+            padding = padding.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
+        return self.decoder(hidden_states=start, attention_mask=None, rotary_pos_emb=rotary, padding_mask=padding)
 
     def _token_logps(self, hidden: Tensor, targets: Tensor) -> TokenLogps:
         weight = self.output_weight()

@@ -106,12 +106,51 @@ class _HostStream:
 
     def wait_event(self, _: Any) -> None: ...
 
+    def record_event(self, _: Any = None) -> _HostStream:
+        return self
+
     def synchronize(self) -> None: ...
+
+
+def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+
+
+def _gather_by_sizes(gather: Any) -> Any:
+    """gloo gathers equal shares only; experts' tensor parallel ranks have as many tokens as the router sends them."""
+
+    def gathered(share: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if sizes is None or len(set(sizes)) == 1:
+            return gather(share, group, None, use_global_buffer)
+        longest = max(sizes)
+        parts = gather(_padded(share, longest), group).split(longest)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    return gathered
+
+
+def _reduce_scatter_by_sizes(reduce_scatter: Any) -> Any:
+    """The inverse."""
+
+    def scattered(whole: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if sizes is None or len(set(sizes)) == 1:
+            return reduce_scatter(whole, group, None, use_global_buffer)
+        padded = torch.cat([_padded(part, max(sizes)) for part in whole.split(sizes)])
+        return reduce_scatter(padded, group)[: sizes[group.rank()]]
+
+    return scattered
+
+
+def _moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    # megatron-core's leaves a tensor on the host as it is, and all_to_all_single takes no tensor for a list of sizes.
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _answer_for_the_host() -> None:
     import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as tp_random
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     cuda: Any = torch.cuda
     cuda.current_device = _current_device
@@ -125,6 +164,9 @@ def _answer_for_the_host() -> None:
     cuda.stream = lambda _: contextlib.nullcontext()
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     clip_grads.l2_norm_impl = _l2_norm
+    mappings._gather_along_first_dim = _gather_by_sizes(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _reduce_scatter_by_sizes(mappings._reduce_scatter_along_first_dim)
+    token_dispatcher.maybe_move_tensor_to_cpu = _moved
     tp_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     tp_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     # The host has one generator: that it changes where the device's is meant to is no reason to warn, at every layer.

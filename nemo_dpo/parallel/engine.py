@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nemo_dpo.config.schema import OptimConfig
 from nemo_dpo.parallel import mcore_repairs
+from nemo_dpo.parallel.experts import load_balance, routers, weigh
 from nemo_dpo.parallel.groups import Groups
 
 # What a chunk returned → (sum, weight, what to collect)
@@ -43,6 +44,10 @@ class MicroBatchLike(Protocol):
 
     @property
     def tokens(self) -> Tensor: ...
+    @property
+    def num_pairs(self) -> int: ...
+    @property
+    def tokens_real(self) -> int: ...
 
 
 class Evaluator:
@@ -56,6 +61,7 @@ class Evaluator:
         self.chunks = list(chunks)
         self.groups = groups
         self._weight = torch.zeros((), dtype=torch.float64, device=groups.device)  # of the batch in progress
+        self.routers = routers(chunks)
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -137,7 +143,18 @@ class Engine(Evaluator):
         for ddp in self._ddp:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self.routers:
+            self._tokens = weigh(self.routers, micro_batches, self.groups)
         return self._run(self._ddp, micro_batches, step, forward_only=False)
+
+    def load_balance(self) -> dict[str, float]:
+        """The routers' auxiliary loss in the last `forward_backward`, without its coefficient, if there are any."""
+        if not self.routers:
+            return {}
+        config = self.routers[0].config
+        if not config.moe_aux_loss_coeff:
+            return {}
+        return {"load_balancing_loss": load_balance(self.routers, self._tokens, config.num_layers)}
 
     def update(self, clip_grad: float) -> float:
         """One optimizer step on the gradients left by `forward_backward`.
@@ -156,7 +173,8 @@ class Engine(Evaluator):
         if not math.isfinite(norm):
             raise FloatingPointError(f"gradient norm is {norm}; no parameter was changed")
         if clip_grad > 0:
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip_grad, norm)
+            for part in self.optimizer.chained_optimizers:  # experts have one of their own
+                clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, norm)
         self.optimizer.step_with_ready_grads()
         return norm
 

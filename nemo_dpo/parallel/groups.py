@@ -22,6 +22,7 @@ class Layout:
         vpp: model chunks a pipeline rank holds, or None.
         sequence_parallel: the tensor parallel ranks also share the sequence, outside the matrix products.
         world: all ranks.
+        ep: data-parallel ranks that share the experts of each layer.
     """
 
     world: int
@@ -29,6 +30,7 @@ class Layout:
     pp: int = 1
     vpp: int | None = None
     sequence_parallel: bool = False
+    ep: int = 1
 
     @property
     def dp(self) -> int:
@@ -68,6 +70,12 @@ class Groups:
         """Whether this rank (or its virtual chunk) holds the output layer."""
         return self.pp.rank() == self.pp.size() - 1 and chunk in (None, (self.layout.vpp or 1) - 1)
 
+    def sum_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor on the host, as on every data-parallel rank."""
+        total = tensor.to(self.device)
+        dist.all_reduce(total, group=self.dp)
+        return total.cpu()
+
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """In place: every pipeline rank gets what the last stage holds."""
         if self.pp.size() > 1:
@@ -82,6 +90,7 @@ def initialize(layout: Layout, device: torch.device, seed: int) -> Groups:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
+        expert_model_parallel_size=layout.ep,
     )
     groups = Groups(layout, device, ProcessGroupCollection.use_mpu_process_groups())
     # Different dropout on every replica and stage; within a stage megatron-core's tracker tells the tp ranks apart.

@@ -92,6 +92,7 @@ class PreferenceModule(LightningModule):
         seconds = time.perf_counter() - start
         self.metrics = {
             **metrics,
+            **self.engine.load_balance(),
             "grad_norm": handle.grad_norm,
             "lr": rate,
             "step_time": seconds,

@@ -99,14 +99,18 @@ def build_options(cfg: Config, model_config: Mapping[str, Any]) -> BuildOptions:
             "model.transformer_engine=true but transformer_engine cannot be imported here; use null or false"
         )
     granularity, method, num_layers = recompute_options(cfg, model_config)
+    # Neither adapters nor experts are offered in its layers.
+    usual = has_transformer_engine() and not model.peft.lora and not model_config.get("num_moe_experts")
     return BuildOptions(
         dtype=torch.bfloat16 if cfg.trainer.bf16 else torch.float32,
-        transformer_engine=has_transformer_engine() and not model.peft.lora if wanted is None else wanted,
+        transformer_engine=usual if wanted is None else wanted,
         recompute_granularity=granularity,
         recompute_method=method,
         recompute_num_layers=num_layers,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
+        load_balancing=model.moe_router_load_balancing_type,
+        load_balancing_weight=model.moe_aux_loss_coeff,
         deterministic=model.deterministic,
         hollow=model.peft.base_quantization is not None,
     )

@@ -87,6 +87,8 @@ BEYOND = [
     ("model.micro_batch_size", 0), ("model.global_batch_size", 0), ("model.tensor_model_parallel_size", 0),
     ("model.pipeline_model_parallel_size", 0), ("model.virtual_pipeline_model_parallel_size", 0),
     ("model.activations_checkpoint_granularity", "some"), ("model.activations_checkpoint_method", "all"),
+    ("model.expert_model_parallel_size", 0), ("model.moe_router_load_balancing_type", "sinkhorn"),
+    ("model.moe_aux_loss_coeff", -0.1),
     ("model.activations_checkpoint_num_layers", 0), ("model.hidden_dropout", 1.0), ("model.attention_dropout", -0.1),
     ("model.seed", -1), ("model.encoder_seq_length", 0),
     ("model.dpo.ref_policy_kl_penalty", 0.0), ("model.dpo.ref_policy_kl_penalty", -0.1),
@@ -301,6 +303,48 @@ def test_layout_counts_data_parallel_ranks_after_model_parallel(load: Load) -> N
     check_layout(cfg, 12)
     assert "4 data-parallel ranks" in error(lambda: check_layout(cfg, 16))
     assert "ranks, 2;" in error(lambda: check_layout(cfg, 2))
+
+
+def test_experts_are_shared_by_data_parallel_ranks(load: Load) -> None:
+    cfg = load("model.tensor_model_parallel_size=2", "model.expert_model_parallel_size=4")
+    check_layout(cfg, 8)
+    text = error(lambda: check_layout(cfg, 4))
+    assert "expert_model_parallel_size=4 must divide" in text and "= 2;" in text
+
+
+EXPERTS = {"num_moe_experts": 6, "bias": False}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "parts"),
+    [
+        (["model.expert_model_parallel_size=2"], {}, ["expert_model_parallel_size=2 needs a model with experts"]),
+        (["model.moe_aux_loss_coeff=0.1"], {}, ["moe_aux_loss_coeff=0.1 has no effect", "no experts"]),
+        (["model.moe_router_load_balancing_type=none"], {}, ["balancing_type=none has no effect", "no experts"]),
+        (["model.expert_model_parallel_size=4"], EXPERTS, ["=4 must divide", "num_moe_experts=6", "1, 2, 3, 6"]),
+        (["model.tensor_model_parallel_size=3"], EXPERTS, ["=3 with experts needs model.sequence_parallel=true"]),
+        (["model.transformer_engine=true"], EXPERTS, ["experts are not offered in Transformer Engine's", "null"]),
+        (
+            [LORA, "model.peft.lora_tuning.target_modules=[attention, mlp_fc2]"],
+            EXPERTS,
+            ["mlp_fc2 names experts", "use attention,"],
+        ),
+        ([LORA, "model.peft.lora_tuning.target_modules=[all]"], EXPERTS, ["all names experts"]),
+        ([LORA, "model.peft.base_quantization=nf4"], EXPERTS, ["base_quantization=nf4 is not offered", "null"]),
+    ],
+)
+def test_experts(overrides: list[str], model: dict[str, Any], parts: list[str], load: Load) -> None:
+    text = error(lambda: check_model(load(*overrides), {**MODEL, **model}))
+    assert len(text.splitlines()) == 1
+    for part in parts:
+        assert part in text
+
+
+def test_what_goes_with_experts(load: Load) -> None:
+    model = {**MODEL, **EXPERTS}
+    check_model(load("model.expert_model_parallel_size=3", "model.moe_aux_loss_coeff=0"), model)
+    check_model(load("model.tensor_model_parallel_size=3", "model.sequence_parallel=true"), model)
+    check_model(load(LORA, "model.peft.lora_tuning.target_modules=[attention_dense]"), model)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 
 from nemo_dpo.checkpoint import archive
 from nemo_dpo.convert import gguf, hf_to_nemo, nemo_to_hf
-from tests.convert.conftest import assert_same_tensors, hf_tensors
+from tests.convert.conftest import BASE, assert_same_tensors, hf_tensors, save_model
 from tests.convert.test_gguf import write_gguf
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "convert"
@@ -43,6 +43,16 @@ def test_there_and_back(llama: Any, tmp_path: Path, family: str) -> None:
     source, nemo, back = llama(), tmp_path / "out" / "mcore_gpt.nemo", tmp_path / "back"
     assert tool(f"convert_{family}hf_to_nemo").main(arguments(source, nemo)) == 0
     assert tool(f"convert_{family}nemo_to_hf").main(arguments(nemo, back)) == 0
+    assert_same_tensors(source, back)
+
+
+def test_mixtral_there_and_back(tmp_path: Path) -> None:
+    from transformers import MixtralConfig
+
+    source, nemo, back = tmp_path / "hf", tmp_path / "mcore_gpt.nemo", tmp_path / "back"
+    save_model(source, MixtralConfig(**BASE, num_local_experts=3))
+    assert tool("convert_mixtral_hf_to_nemo").main(arguments(source, nemo)) == 0
+    assert tool("convert_mixtral_nemo_to_hf").main(arguments(nemo, back)) == 0
     assert_same_tensors(source, back)
 
 

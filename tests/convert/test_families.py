@@ -50,6 +50,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "nemotron",
         {**BASE, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rope_parameters": LINEAR},
     ),
+    "mixtral, three of five experts": ("mixtral", {**BASE, "num_local_experts": 5, "num_experts_per_tok": 3}),
+    "mixtral with a window, tied": (
+        "mixtral",
+        {**BASE, "num_local_experts": 2, "head_dim": 24, "sliding_window": 6, "tie_word_embeddings": True},
+    ),
 }
 # A model_config.yaml says what is computed, and Llama computes the same.
 SAME = {"mistral without, tied": "llama"}
@@ -126,6 +131,10 @@ KEYS: dict[str, dict[str, Any]] = {
         "share_embeddings_and_output_weights": False,
     },
     "nemotron, all biases, linear RoPE, tied": {"bias": True, "seq_len_interpolation_factor": 4.0},
+    "mixtral, three of five experts": {
+        "num_moe_experts": 5, "moe_router_topk": 3, "moe_aux_loss_coeff": 0.001, "ffn_hidden_size": 100,
+        "moe_router_load_balancing_type": "aux_loss", "moe_router_pre_softmax": False, "window_size": None,
+    },
 }  # fmt: skip
 
 
@@ -220,6 +229,9 @@ def test_configs_of_published_models(name: str) -> None:
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("starcoder2", {"embedding_dropout": 0.1}, "embedding_dropout=0.1 and residual_dropout=0.0"),
         ("nemotron", {"mlp_bias": True}, "mlp_bias without attention_bias"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 of num_local_experts=8"),
+        ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok=3 of num_local_experts=2"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(model_type: str, settings: dict[str, Any], match: str) -> None:
@@ -238,6 +250,8 @@ def test_what_cannot_be_expressed_is_refused(model_type: str, settings: dict[str
         ("llama", {"window_size": [5, 0]}, "differs from llama in window=5"),
         ("qwen2", {"qkv_bias": False}, "qkv_bias=False"),
         ("gpt_neox", {"name": "", "apply_embedding_scaling": True}, "scaled_embedding=True"),
+        ("mixtral", {"num_moe_experts": None}, r"experts=None \(there 8\)"),
+        (None, {"num_moe_experts": 4, "normalization": "layernorm"}, "differs from mixtral in normalization"),
         (None, {"normalization": "layernorm"}, "no family computes this; it differs from llama"),
     ],
 )

@@ -53,7 +53,7 @@ def test_padded_vocab_size(vocab: int, divisor: int, padded: int) -> None:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 @pytest.mark.parametrize("biases", [{}, {"qkv_bias": True}, {"bias": True}], ids=["none", "qkv", "all"])
 def test_no_name_stands_twice_in_a_table(family: object, biases: dict[str, bool]) -> None:
-    table = family.table(biases)  # type: ignore[attr-defined]
+    table = family.table({**biases, "num_moe_experts": 3})  # type: ignore[attr-defined]
     stored = [rule.nemo for rule in table.rules]
     names = [param.name for rule in table.rules for param in rule.hf] + [param.name for param in table.zeros]
     assert len(set(stored)) == len(stored) and len(set(names)) == len(names)

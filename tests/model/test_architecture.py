@@ -128,6 +128,18 @@ def test_switches_beside_the_names() -> None:
     assert parse(rotary_interleaved=True).rotary_interleaved
 
 
+EXPERTS = {"num_moe_experts": 8, "bias": False}
+
+
+def test_experts() -> None:
+    assert parse(num_moe_experts=0) == parse() and parse().experts is None
+    arch = parse(**EXPERTS)
+    assert (arch.experts, arch.experts_per_token, arch.load_balancing) == (8, 2, "aux_loss")
+    assert arch.load_balancing_weight == 0.0  # as in NeMo, nothing is added unless the config says so
+    assert set(arch.dimensions.linears()) == {"linear_qkv", "linear_proj"}
+    assert parse(**EXPERTS, moe_router_topk=3, moe_aux_loss_coeff=0.02).experts_per_token == 3
+
+
 # What Llama and Nemotron checkpoints of NeMo carry.
 HARMLESS: dict[str, Any] = {
     "mcore_gpt": True, "name": "megatron_gpt", "apply_query_key_layer_scaling": True, "headscale": False,
@@ -230,7 +242,18 @@ def test_vocabulary_padding(vocabulary: int, multiple: int, tp: int, rows: int) 
         ({"softmax_scale": 0.1}, "softmax_scale=0.1 is not supported; known: null"),
         ({"fp32_residual_connection": True}, "fp32_residual_connection=True"),
         ({"mcore_customization_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping"),
-        ({"num_moe_experts": 8}, "num_moe_experts=8"),
+        ({"num_moe_experts": 8, "bias": True}, "bias=True is not supported with num_moe_experts"),
+        ({**EXPERTS, "name": "megatron_gpt_neox"}, "name='megatron_gpt_neox' is not supported with num_moe_experts"),
+        ({**EXPERTS, "moe_router_topk": 1}, "moe_router_topk=1 of num_moe_experts=8 is not supported; known: 2 to 8"),
+        ({**EXPERTS, "moe_router_topk": 9}, "moe_router_topk=9 of num_moe_experts=8"),
+        (
+            {**EXPERTS, "moe_router_load_balancing_type": "sinkhorn"},
+            "'sinkhorn' .* aux_loss, seq_aux_loss, none",
+        ),
+        ({**EXPERTS, "moe_aux_loss_coeff": [0.1]}, r"moe_aux_loss_coeff=\[0.1\] is no number"),
+        ({**EXPERTS, "moe_router_pre_softmax": True}, "moe_router_pre_softmax=True is not supported; known: False"),
+        ({**EXPERTS, "moe_layer_freq": 2}, "moe_layer_freq=2 is not supported; known: 1"),
+        ({**EXPERTS, "moe_ffn_hidden_size": 64}, "moe_ffn_hidden_size=64 is not supported; known: null"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"type 'yarn' .* llama3"),
         ({"rope_scaling": {"factor": 4.0}}, r"type None"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 8.0}}, r"rope_scaling.high_freq_factor=8.0; .* 4.0 only"),

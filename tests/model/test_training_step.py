@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from nemo_dpo.checkpoint import archive
 from nemo_dpo.checkpoint.weights import read_weights
 from nemo_dpo.convert import hf_to_nemo
+from nemo_dpo.data.batch import MicroBatch
 from nemo_dpo.logprobs import response_logps
 from tests.model.conftest import Findings
 from tests.model.model_cases import BETA, CASES, SIZES, Case, random_batches, reference_logps
@@ -28,23 +30,35 @@ class Expected(NamedTuple):
 
     logps: list[Tensor]
     loss: float
+    more: float  # what else is minimised
     gradients: dict[str, Tensor]  # in the names and layout of a `.nemo`
 
 
-def by_hugging_face(case: Case, folder: Path) -> Expected:
-    """Loss and gradients of −log σ(β · margin), averaged over the pairs."""
+def by_hugging_face(
+    case: Case, folder: Path, sizes: Sequence[int] = SIZES, more: Callable[[Any, MicroBatch], Tensor] | None = None
+) -> Expected:
+    """Loss and gradients of −log σ(β · margin), averaged over the pairs.
+
+    Args:
+        sizes: pairs of each micro-batch.
+        more: (transformers' output, micro-batch) → what else is minimised.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(case.hf, dtype=torch.float64, attn_implementation="eager").eval()
-    batches, logps, margins = random_batches(SIZES), [], []
+    plain = {"attn_implementation": "eager", **({"experts_implementation": "eager"} if more else {})}
+    model = AutoModelForCausalLM.from_pretrained(case.hf, dtype=torch.float64, **plain).eval()
+    batches, logps, margins, terms = random_batches(sizes), [], [], []
+    options = {"output_router_logits": True} if more else {}
     for batch, reference in zip(batches, reference_logps(batches), strict=True):
-        logits = model(batch.tokens).logits
+        output = model(batch.tokens, **options)
+        terms += [more(output, batch)] if more else []
         indices = (batch.response_positions, batch.targets, batch.response_segment, batch.num_responses)
-        logps.append(response_logps(logits, *indices))
+        logps.append(response_logps(output.logits, *indices))
         ratio = logps[-1] - reference
         margins.append(ratio[0::2] - ratio[1::2])
     loss = -F.logsigmoid(BETA * torch.cat(margins)).mean()
-    loss.backward()
+    also = sum(terms, torch.zeros(()))
+    (loss + also).backward()
     # The converter, which has tests of its own, brings the gradients into the form of a checkpoint.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,7 +68,7 @@ def by_hugging_face(case: Case, folder: Path) -> Expected:
     hf_to_nemo(folder / "hf", folder / "gradients.nemo")
     with archive.open_folder(folder / "gradients.nemo") as extracted:
         gradients = dict(read_weights(extracted / archive.MODEL_WEIGHTS))
-    return Expected([values.detach() for values in logps], loss.item(), gradients)
+    return Expected([values.detach() for values in logps], loss.item(), also.item(), gradients)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from collections.abc import Collection
 from typing import Any
 
 from nemo_dpo.checkpoint import CheckpointError
-from nemo_dpo.convert.families import gemma, gpt2, gpt_neox, llama, mistral, nemotron, qwen2, qwen3, starcoder2
+from nemo_dpo.convert.families import gemma, gpt2, gpt_neox, llama, mistral, mixtral, nemotron, qwen2, qwen3, starcoder2
 from nemo_dpo.convert.family import Config, Family, differences
 
 # In the order in which a model_config.yaml of unknown origin is tried.
-_MODULES = (qwen2, llama, mistral, qwen3, gemma, gpt2, gpt_neox, starcoder2, nemotron)
+_MODULES = (qwen2, llama, mistral, mixtral, qwen3, gemma, gpt2, gpt_neox, starcoder2, nemotron)
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 REFUSED = {
     "gemma2": "soft-capped scores and logits, norms behind each block and windows in every other layer are none of "

@@ -27,9 +27,14 @@ QKV = "decoder.layers.self_attention.linear_qkv"
 PROJ = "decoder.layers.self_attention.linear_proj"
 FC1 = "decoder.layers.mlp.linear_fc1"
 FC2 = "decoder.layers.mlp.linear_fc2"
+ROUTER = "decoder.layers.mlp.router"
+EXPERT_FC1 = "decoder.layers.mlp.experts.experts.linear_fc1"
+EXPERT_FC2 = "decoder.layers.mlp.experts.experts.linear_fc2"
 # As Transformer Engine names them; `weight` or `bias` follows.
 ATTENTION_NORM = f"{QKV}.layer_norm_"
 MLP_NORM = f"{FC1}.layer_norm_"
+# With experts the norm has no linear layer that it could belong to.
+EXPERTS_NORM = "decoder.layers.pre_mlp_layernorm."
 FINAL_NORM = "decoder.final_layernorm."
 
 

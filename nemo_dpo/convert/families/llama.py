@@ -58,18 +58,22 @@ QKV_WEIGHTS = (
     Param(f"{ATTENTION}.k_proj.weight", "kv hidden"),
     Param(f"{ATTENTION}.v_proj.weight", "kv hidden"),
 )
-WEIGHTS: tuple[Rule, ...] = (
+# All but what is in place of the MLP.
+ATTENTION_AND_ENDS: tuple[Rule, ...] = (
     PaddedVocab(WORDS, (EMBEDDING,)),
     *norm(ATTENTION_NORM, "model.layers.{layer}.input_layernorm", bias=False),
     FusedQkv(f"{QKV}.weight", QKV_WEIGHTS),
     *linear(PROJ, f"{ATTENTION}.o_proj", "hidden q", bias=False),
+    *norm(FINAL_NORM, "model.norm", bias=False),
+)
+WEIGHTS: tuple[Rule, ...] = (
+    *ATTENTION_AND_ENDS,
     *norm(MLP_NORM, "model.layers.{layer}.post_attention_layernorm", bias=False),
     GatedMlp(
         f"{FC1}.weight",
         (Param(f"{MLP}.gate_proj.weight", "ffn hidden"), Param(f"{MLP}.up_proj.weight", "ffn hidden")),
     ),
     *linear(FC2, f"{MLP}.down_proj", "hidden ffn", bias=False),
-    *norm(FINAL_NORM, "model.norm", bias=False),
 )
 QKV_BIAS = FusedQkv(
     f"{QKV}.bias",
