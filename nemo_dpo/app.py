@@ -23,6 +23,7 @@ from nemo.utils import logging as nemo_logging
 
 from nemo_dpo.checkpoint import archive, sharded
 from nemo_dpo.checkpoint.fingerprint import weights_hash
+from nemo_dpo.checkpoint.folders import read_progress
 from nemo_dpo.checkpoint.weights import check_metadata_pickle
 from nemo_dpo.config import Config
 from nemo_dpo.lora.spec import POLICY
@@ -51,6 +52,7 @@ from nemo_dpo.training.resume import (
     quantization,
     steering,
 )
+from nemo_dpo.training.space import check_room, expected_bytes
 from nemo_dpo.training.strategy import MegatronStrategy
 
 logger = logging.getLogger(__name__)
@@ -64,10 +66,13 @@ def train(cfg: Config) -> int:
         _quieten_libraries()
         log_dir = on_rank_zero(lambda: run_log.log_dir_of(cfg.exp_manager))  # it may ask the clock
         on_rank_zero(lambda: run_log.check_wandb(cfg.exp_manager))
-        resume = on_rank_zero(lambda: checkpoint_to_resume(cfg.exp_manager, log_dir / "checkpoints"))
+        resume = checkpoint_to_resume(cfg.exp_manager, log_dir / "checkpoints")
         with _started(cfg, log_dir, groups, build_engine) as start:
             facts = _facts(cfg, start)
             first_step = _step_to_resume(resume, start, facts) if resume else 0
+            if cfg.exp_manager.create_checkpoint_callback:
+                needed = expected_bytes(start.engine, cfg.model.optim)
+                on_rank_zero(partial(check_room, log_dir / "checkpoints", needed))
             reference, data = build_reference(cfg, start), start.data
             if reference is None:
                 return 0
@@ -234,7 +239,7 @@ def _facts(cfg: Config, start: Start[Engine]) -> dict[str, Any]:
 
 def _step_to_resume(checkpoint: Path, start: Start[Engine], facts: Mapping[str, Any]) -> int:
     """The step of `checkpoint`, if it was written by a run that this start may go on with."""
-    progress = sharded.read_progress(checkpoint)
+    progress = read_progress(checkpoint)
     check_fixed(progress, facts["fixed"])
     announce_steering(progress, facts["steering"])
     return int(progress["step"])
@@ -269,7 +274,7 @@ def _build_trainer(
         accelerator="cpu" if engine.groups.device.type == "cpu" else "gpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
         num_nodes=engine.groups.layout.world // int(os.environ["LOCAL_WORLD_SIZE"]),
-        strategy=MegatronStrategy(engine),
+        strategy=MegatronStrategy(engine, background_saves=params.async_save),
         plugins=[TorchElasticEnvironment()],
         precision="32-true",  # megatron-core holds the dtype; Lightning's would autocast around it
         max_epochs=-1,

@@ -7,7 +7,6 @@ cost seconds, once), with accelerators before them (a process that has touched C
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import importlib
 import importlib.util
@@ -41,6 +40,7 @@ from nemo_dpo.config import (
 )
 from nemo_dpo.data import DataError
 from nemo_dpo.model.architecture import Architecture, ArchitectureError, completed
+from nemo_dpo.parallel.processes import die_with
 from nemo_dpo.tokenizer import TokenizerError
 from nemo_dpo.training import signals
 from nemo_dpo.training.board import Board
@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 REFUSALS = (ConfigError, DataError, CheckpointError, ArchitectureError, TokenizerError)
 HOST_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 GRACE_SECONDS = 30.0  # for the other ranks to end by themselves after one has failed
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # What has never been run on an accelerator, and when a configuration uses it. docs/gpu.md has the table of runs.
 UNVERIFIED: tuple[tuple[str, Callable[[Config], bool]], ...] = (("training on an accelerator", lambda cfg: True),)
@@ -339,7 +338,7 @@ def _fork(ranks: Ranks, run: Callable[[], int]) -> int:
         return pid
     status = 1
     try:
-        _die_with(parent)
+        die_with(parent)
         signals.note_signals()
         _set_up_logging(ranks.rank)
         _export(ranks)
@@ -350,14 +349,6 @@ def _fork(ranks: Ranks, run: Callable[[], int]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # the parent's exit handlers are not this process's
-
-
-def _die_with(parent: int) -> None:
-    """End this process when `parent` does: one that is killed cannot tell its children."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _wait(children: Mapping[int, int]) -> int:

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import queue
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import methodcaller
@@ -24,36 +21,38 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_dpo.checkpoint import CheckpointError, SaveError
-from nemo_dpo.checkpoint.archive import sync_folder
+from nemo_dpo.checkpoint import CheckpointError, manifest
+from nemo_dpo.checkpoint.folders import PROGRESS, next_save, read_progress
 from nemo_dpo.checkpoint.weights import TorchDistWeights, check_metadata_pickle, stored_names
+from nemo_dpo.checkpoint.writing import Writing, reason
 from nemo_dpo.parallel.collective import agree, on_rank_zero
 from nemo_dpo.parallel.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-PROGRESS = "progress.json"  # what a person, and the search for the newest checkpoint, may read without torch
-UNFINISHED = ".unfinished"
 LAYERS = "decoder.layers."
-REPLACED = ".replaced"  # a checkpoint that makes room for its successor, between two renames
 
 
-def save(folder: Path, engine: Engine, trainer_state: dict[str, Any], progress: dict[str, Any]) -> None:
-    """Write everything a run needs to go on: weights, optimizer, generators and the trainer's own state. Collective.
+def save(
+    folder: Path, engine: Engine, trainer_state: dict[str, Any], progress: dict[str, Any], *, background: bool = False
+) -> Writing:
+    """Begin to write everything a run needs to go on: weights, optimizer, generators, the trainer's own state.
+
+    Collective. The checkpoint has its name, and a manifest, when the caller has called `finish` on what is returned.
 
     Args:
         folder: final name; an existing checkpoint there is replaced once the new one is complete.
         trainer_state: Lightning's dictionary (schedule, loops, callbacks).
         progress: plain numbers and strings, also written as progress.json, where the number of this save is added.
+        background: leave the writing to a fork of each rank; see `Writing`.
 
     Raises:
         SaveError: it cannot be written; nothing is left behind under the final name.
     """
     weights = engine.sharded_weights()
-    progress = {**progress, "save": on_rank_zero(lambda: _last_save(folder.parent) + 1)}
+    progress = {**progress, "save": on_rank_zero(lambda: next_save(folder.parent))}
     state = {
         **weights,
         "optimizer": engine.sharded_optimizer(weights),
@@ -61,7 +60,21 @@ def save(folder: Path, engine: Engine, trainer_state: dict[str, Any], progress: 
         "trainer": trainer_state,
         "progress": progress,
     }
-    _write_atomically(folder, lambda into: _save_sharded(state, into, progress))
+    return Writing(folder, state, {PROGRESS: json.dumps(progress, indent=1)}, background=background)
+
+
+def check(folder: Path) -> int:
+    """Read all files of a checkpoint, each rank its share, and compare them with the manifest. Collective.
+
+    Returns:
+        The bytes of the checkpoint.
+
+    Raises:
+        CheckpointError: naming the file that is not what was written, and what is wrong with it.
+    """
+    entries = on_rank_zero(lambda: manifest.read(folder))
+    agree(lambda: manifest.check(folder, manifest.share(entries, dist.get_rank(), dist.get_world_size())))
+    return manifest.total(entries)
 
 
 def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -93,7 +106,7 @@ def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
 def save_weights(folder: Path, engine: Engine) -> None:
     """Write the weights alone, keys behind `model.`, as a `.nemo` archive holds them. Collective."""
     state = {name: _tensors_only(part) for name, part in engine.sharded_weights("model.").items()}
-    _write_atomically(folder, lambda into: _save_sharded(state, into, None))
+    Writing(folder, state, {}, background=False).finish()
 
 
 def load_weights(folder: Path, engine_chunks: list[Any]) -> None:
@@ -169,104 +182,12 @@ def layout_of(engine: Engine) -> dict[str, int]:
     return {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "vpp": layout.vpp or 1}
 
 
-def read_progress(folder: Path) -> dict[str, Any]:
-    """The progress.json of a complete checkpoint."""
-    try:
-        return dict(json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a complete checkpoint of a run: {PROGRESS}: {error}") from error
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints in `root` in the order in which they were saved. Unfinished folders are never listed.
-
-    The order is not that of their steps where a run has gone on from an earlier checkpoint than its last.
-    """
-    if not root.is_dir():
-        return []
-    folders = [
-        f
-        for f in root.iterdir()
-        if f.is_dir() and not f.is_symlink() and f.suffix not in (UNFINISHED, REPLACED) and (f / PROGRESS).is_file()
-    ]
-    return sorted(folders, key=lambda folder: (_save_of(folder), read_progress(folder)["step"], folder.name))
-
-
-def _save_of(folder: Path) -> int:
-    return int(read_progress(folder).get("save", 0))
-
-
-def _last_save(root: Path) -> int:
-    return max(map(_save_of, complete_checkpoints(root)), default=0)
-
-
-def remove_unfinished(root: Path) -> list[Path]:
-    """Delete what an interrupted save left in `root`, put back what it was about to replace; returns what it left."""
-    for old in root.glob("*" + REPLACED):
-        if old.with_suffix("").exists():
-            shutil.rmtree(old)
-        else:
-            os.replace(old, old.with_suffix(""))
-    left = [f for f in root.iterdir() if f.suffix == UNFINISHED] if root.is_dir() else []
-    for folder in left:
-        shutil.rmtree(folder)
-    return left
-
-
-def _write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    unfinished = folder.with_name(folder.name + UNFINISHED)
-    if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    dist.barrier()
-    try:
-        agree(lambda: write(unfinished))
-        on_rank_zero(lambda: _commit(unfinished, folder))
-    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        free = on_rank_zero(lambda: shutil.disk_usage(folder.parent).free / 2**20)
-        if dist.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise SaveError(
-            f"could not write {folder}: {_reason(error)} ({free:.1f} MiB were left on the disk). "
-            "Earlier checkpoints are untouched; make space and start again"
-        ) from error
-
-
-def _commit(unfinished: Path, folder: Path) -> None:
-    for path in [*unfinished.rglob("*"), unfinished]:
-        sync_folder(path)
-    if folder.exists():  # the run was started again from an earlier step
-        old = folder.with_name(folder.name + REPLACED)
-        os.replace(folder, old)
-        os.replace(unfinished, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(unfinished, folder)
-    sync_folder(folder.parent)
-
-
-def _save_sharded(state: dict[str, Any], into: Path, progress: dict[str, Any] | None) -> None:
-    # A synchronous save passes its results through this queue within one process. Left alone megatron-core starts an
-    # interpreter on every rank for it: 7 s and 500 MB.
-    filesystem_async._results_queue = queue.SimpleQueue()
-    dist_checkpointing.save(state, str(into))
-    if progress is not None and dist.get_rank() == 0:
-        (into / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
-
-
 def _load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     check_metadata_pickle(folder)
     try:
         return dict(dist_checkpointing.load(state, str(folder)))
     except (OSError, RuntimeError, KeyError, CheckpointingException, CheckpointException) as error:
-        raise CheckpointError(f"{folder} cannot be loaded into this model: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, in one line; torch reports the failures of other ranks with their tracebacks."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[-300:] or type(error).__name__
+        raise CheckpointError(f"{folder} cannot be loaded into this model: {reason(error)}") from error
 
 
 def _tensors_only(part: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ class CheckpointCallbackParams:
     """min or max: whether a small or a large metric is better."""
     save_top_k: int = 3
     """Best checkpoints kept beside the newest, from which a run resumes; -1 keeps all, 0 none."""
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on (docs/checkpoints.md)."""
     always_save_nemo: bool = False
     """Write the .nemo at every save, not only at the end."""
     save_nemo_on_train_end: bool = True

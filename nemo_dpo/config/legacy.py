@@ -98,7 +98,6 @@ _CHECKPOINT_CALLBACK: dict[str, Rule] = {
     "save_last": Refused("the newest checkpoint is what a run resumes from and is always kept", (None, True)),
     "save_weights_only": Refused("a checkpoint holds all that resuming needs", OFF),
     "save_best_model": Refused("the best checkpoints are kept by save_top_k", OFF),
-    "async_save": Refused("checkpoints are written synchronously", OFF),
     "save_last_n_optim_states": Refused("every checkpoint holds the optimizer's state", (None, -1)),
 }
 

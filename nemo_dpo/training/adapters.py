@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nemo_dpo.checkpoint import CheckpointError, archive, sharded
 from nemo_dpo.checkpoint.fingerprint import tensors_hash
+from nemo_dpo.checkpoint.folders import unfinished
 from nemo_dpo.checkpoint.weights import read_weights
 from nemo_dpo.config.peft import LoraTuningConfig, PeftConfig, stage_without_adapter
 from nemo_dpo.convert.adapter_nemo import check_base, read_adapter, tuning_of, write_adapter
@@ -175,7 +176,7 @@ def _given(tuning: LoraTuningConfig, dimensions: Dimensions) -> dict[str, Any]:
 
 def export_adapter(path: Path, base: Path, engine: Engine, adapted: Adapted) -> Path:
     """Write the trained adapter as a `.nemo` of its own, with the config of its base. Collective."""
-    folder = path.with_name(path.name + sharded.UNFINISHED)
+    folder = unfinished(path)
     sharded.save_weights(folder, engine)
 
     def write() -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,16 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from nemo_dpo.checkpoint import sharded
+from nemo_dpo.checkpoint.folders import point, remove
+from nemo_dpo.checkpoint.writing import MIB, Writing
 from nemo_dpo.config.checkpoint_names import checkpoint_name
 from nemo_dpo.config.exp_manager import CheckpointCallbackParams
 from nemo_dpo.data.sampler import PairSampler
+from nemo_dpo.parallel.collective import gather, on_rank_zero
 from nemo_dpo.training import signals
 from nemo_dpo.training.data import Batches
 from nemo_dpo.training.module import Metrics, PreferenceModule
+from nemo_dpo.training.space import warn_if_short
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +82,22 @@ class Cadence(Callback):
         if step % rhythm.val_interval == 0 or last:
             self._validate(trainer, pl_module)
         self.stop_reason = self._stop_requested(pl_module)
+        if self._keeper:
+            self._keeper.settle()
         if self._keeper and (step % rhythm.save_interval == 0 or last or self.stop_reason):
             self._keeper.save(trainer, {**self._latest, "step": step, **rhythm.position(step)})
+            if last or self.stop_reason:
+                self._keeper.settle(wait=True)
             if self._after_save and not last:  # at the end `finish` exports
                 self._after_save()
         if self.stop_reason:
             logger.warning("stopping after step %d: %s", step, self.stop_reason)
             trainer.should_stop = True
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """The ranks may be in different places now: no more is written together."""
+        if self._keeper:
+            self._keeper.abandon()
 
     def _validate(self, trainer: Trainer, module: PreferenceModule) -> None:
         if self._validation is None:
@@ -130,26 +140,64 @@ class CheckpointKeeper:
 
     A checkpoint's score is that of the newest validation before it; one without a finite score is never among the best.
     Scores are remembered in the checkpoints themselves, not read from their names, and folders that this run did not
-    write are left alone.
+    write are left alone. Nothing is deleted before a newer checkpoint is complete.
     """
 
     def __init__(self, folder: Path, params: CheckpointCallbackParams) -> None:
         self._folder = folder
         self._params = params
         self._scores: dict[str, float] = {}
+        self._writing: Writing | None = None
 
     def save(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """Write a checkpoint named after `values`, then delete what is no longer among newest and best. Collective."""
+        """Begin a checkpoint named after `values`; unless saves are asynchronous, complete it. Collective.
+
+        Raises:
+            SaveError: this one or the one before cannot be written.
+        """
+        self.settle(wait=True)
         name = checkpoint_name(self._params.filename, values)
         self._scores[name] = float(values.get(self._params.monitor, math.nan))
         trainer.save_checkpoint(self._folder / name)
-        kept = {name, *self._best()}
-        if dist.get_rank() == 0:
-            _point(self._folder / "last", name)  # first: what it pointed to may be among what is deleted
-            for old in self._scores.keys() - kept:
-                _remove(self._folder / old)
-        self._scores = {old: score for old, score in self._scores.items() if old in kept}
-        dist.barrier()
+        self._writing = trainer.strategy.writing  # type: ignore[attr-defined]
+        if not self._params.async_save:
+            self.settle(wait=True)
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Complete the checkpoint that is on its way, if all ranks have written theirs; then prune. Collective.
+
+        Args:
+            wait: until it is written.
+
+        Raises:
+            SaveError: it cannot be written; those before it are untouched.
+        """
+        writing = self._writing
+        if writing is None or (not wait and any(gather(writing.busy()))):
+            return
+        self._writing = None
+        writing.finish()
+        kept = {writing.folder.name, *self._best()}
+        on_rank_zero(lambda: self._make_current(writing, self._scores.keys() - kept))
+        self._scores = {name: score for name, score in self._scores.items() if name in kept}
+
+    def abandon(self) -> None:
+        """Give up what is being written."""
+        if self._writing:
+            self._writing.abandon()
+
+    def _make_current(self, writing: Writing, surplus: Iterable[str]) -> None:
+        point(self._folder / "last", writing.folder.name)  # first: what it pointed to may be among what is deleted
+        for name in surplus:
+            remove(self._folder / name)
+        logger.info(
+            "saved %s: %.1f MiB in %.1f s, of which training waited %.1f s",
+            writing.folder.name,
+            writing.bytes / MIB,
+            writing.seconds,
+            writing.blocked,
+        )
+        warn_if_short(self._folder, writing.bytes)
 
     def _best(self) -> list[str]:
         if self._params.save_top_k == -1:
@@ -165,19 +213,3 @@ class CheckpointKeeper:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See state_dict."""
         self._scores = dict(state["scores"])
-
-
-def _remove(folder: Path) -> None:
-    if not folder.exists():  # an interrupted run deleted it after the save that this one resumed from
-        return
-    # Renamed first: a kill in the middle leaves no half-deleted folder under a checkpoint's name.
-    doomed = folder.with_name(folder.name + ".removed" + sharded.UNFINISHED)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
-
-
-def _point(link: Path, target: str) -> None:
-    fresh = link.with_name(".last.new")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    os.replace(fresh, link)

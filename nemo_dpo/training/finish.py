@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nemo_dpo.checkpoint import archive, sharded
+from nemo_dpo.checkpoint.folders import unfinished
 from nemo_dpo.config import Config
 from nemo_dpo.convert import nemo_to_hf
 from nemo_dpo.convert.adapter_peft import Names, check_exportable, nemo_to_peft
@@ -73,7 +74,7 @@ def nemo_path(cfg: Config, log_dir: Path) -> Path:
 
 def export_nemo(path: Path, base: Path, engine: Engine) -> Path:
     """Write the policy as a `.nemo` archive with the config and the tokenizer of `base`. Collective."""
-    folder = path.with_name(path.name + sharded.UNFINISHED)
+    folder = unfinished(path)
     on_rank_zero(lambda: _copy_all_but_weights(base, folder))
     sharded.save_weights(folder / archive.MODEL_WEIGHTS, engine)
     on_rank_zero(lambda: archive.write_archive(folder, path, overwrite=True))

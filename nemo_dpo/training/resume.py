@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_dpo.checkpoint import CheckpointError, sharded
+from nemo_dpo.checkpoint.folders import complete_checkpoints, read_progress, remove_unfinished
+from nemo_dpo.checkpoint.writing import MIB
 from nemo_dpo.config import Config
 from nemo_dpo.config.exp_manager import ExpManagerConfig
+from nemo_dpo.parallel.collective import on_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -23,25 +26,48 @@ NOT_THE_OBJECTIVE = ("reference", "log_prob_forward_micro_batch_size")
 def checkpoint_to_resume(manager: ExpManagerConfig, folder: Path) -> Path | None:
     """The checkpoint that this start goes on from: the one given, else the one saved last in `folder`; None: afresh.
 
+    One that is not what was written is passed over, unless it was given. Collective.
+
     Raises:
-        CheckpointError: the one given is none; a fresh start would write among the checkpoints of an earlier run; or
-            there is none and a fresh start is not wanted.
+        CheckpointError: the one given is none, or damaged, or all in `folder` are; a fresh start would write among the
+            checkpoints of an earlier run; or there is none and a fresh start is not wanted.
     """
-    for left in sharded.remove_unfinished(folder):
+    found = on_rank_zero(lambda: _candidates(manager, folder))
+    for checkpoint in reversed(found):
+        try:
+            size = sharded.check(checkpoint)
+        except CheckpointError as error:
+            if manager.resume_from_checkpoint is not None:
+                raise CheckpointError(
+                    f"exp_manager.resume_from_checkpoint: {error}; give another checkpoint"
+                ) from error
+            logger.warning("DAMAGED CHECKPOINT PASSED OVER: %s. Remove %s", error, checkpoint)
+            continue
+        logger.info("resuming from %s, %.1f MiB", checkpoint, size / MIB)
+        return checkpoint
+    if found:
+        raise CheckpointError(
+            f"all {len(found)} checkpoints in {folder} are damaged (see above); restore one from a copy, or move them "
+            "away to start afresh"
+        )
+    return None
+
+
+def _candidates(manager: ExpManagerConfig, folder: Path) -> list[Path]:
+    """What may be resumed from, the one to try first last; removes what interrupted writers left."""
+    for left in remove_unfinished(folder):
         logger.warning("removed %s, left by an interrupted save", left)
     for suffix in (".nemo", "_hf", "_peft"):
         # Names of archive.write_archive and of convert.run.temporary_folder.
         for left in folder.glob(f".{glob.escape(manager.name)}{suffix}.*"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     if manager.resume_from_checkpoint is not None:
-        found = [Path(manager.resume_from_checkpoint).absolute()]
-        sharded.read_progress(found[-1])
-    else:
-        found = sharded.complete_checkpoints(folder)
-        _check_wish(manager, folder, bool(found))
-    if found:
-        logger.info("resuming from %s", found[-1])
-    return found[-1] if found else None
+        given = Path(manager.resume_from_checkpoint).absolute()
+        read_progress(given)
+        return [given]
+    found = complete_checkpoints(folder)
+    _check_wish(manager, folder, bool(found))
+    return found
 
 
 def _check_wish(manager: ExpManagerConfig, folder: Path, found: bool) -> None:

@@ -153,7 +153,9 @@ class JsonlLogger(Logger):
             if resume_step == 0 and path.exists():
                 _set_aside(path)
             rows = [row for row in read_metrics(path) if _before(row, resume_step)] if path.exists() else []
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            fresh = path.with_name(f".{path.name}.new")  # a kill leaves the old rows or these
+            fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            os.replace(fresh, path)
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from nemo_dpo.checkpoint import sharded
+from nemo_dpo.checkpoint.writing import Writing
 from nemo_dpo.parallel.engine import Engine
 
 
@@ -18,11 +19,16 @@ class MegatronStrategy(DDPStrategy):
     """Ranks, groups and model exist before the Trainer does; what is left is to keep Lightning's hands off them.
 
     A subclass of DDPStrategy because Lightning and NeMo ask `isinstance` to learn that a run has several processes.
+
+    Attributes:
+        writing: the checkpoint begun last; `CheckpointKeeper` finishes it.
     """
 
-    def __init__(self, engine: Engine, **kwargs: Any) -> None:
+    def __init__(self, engine: Engine, *, background_saves: bool = False, **kwargs: Any) -> None:
         super().__init__(process_group_backend=torch.distributed.get_backend(), **kwargs)
         self._engine = engine
+        self._background_saves = background_saves
+        self.writing: Writing | None = None
 
     def setup(self, trainer: Trainer) -> None:
         """No wrapping in torch's DDP, no move to a device."""
@@ -50,9 +56,11 @@ class MegatronStrategy(DDPStrategy):
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Collective; `checkpoint["progress"]` comes from the module's on_save_checkpoint."""
+        """Begin to write; collective. `checkpoint["progress"]` comes from the module's on_save_checkpoint."""
         progress = checkpoint.pop("progress")
-        sharded.save(Path(filepath), self._engine, checkpoint, progress)
+        self.writing = sharded.save(
+            Path(filepath), self._engine, checkpoint, progress, background=self._background_saves
+        )
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """Collective: restores weights, optimizer and generators, and hands Lightning its own dictionary."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nemo_dpo.checkpoint.sharded import complete_checkpoints, remove_unfinished
+import pytest
+
+from nemo_dpo.checkpoint import folders
+from nemo_dpo.checkpoint.folders import complete_checkpoints, next_save, remove_unfinished
 
 
 def checkpoint(folder: Path, step: int, save: int = 1) -> Path:
@@ -29,6 +32,28 @@ def test_complete_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "d-step=12").mkdir()
     (tmp_path / "model.nemo").touch()
     assert complete_checkpoints(tmp_path) == [older, newest]
+
+
+@pytest.mark.parametrize("left", ["manifest.json", ".metadata"])
+def test_a_checkpoint_that_lost_its_progress_is_still_one(tmp_path: Path, left: str) -> None:
+    """It may be the newest: it is looked at first, and passed over aloud."""
+    older, damaged = checkpoint(tmp_path / "b-step=9", 9, save=3), tmp_path / "a-step=10"
+    damaged.mkdir()
+    (damaged / left).touch()
+    assert complete_checkpoints(tmp_path) == [older, damaged]
+    (damaged / "progress.json").write_text('{"save": 4}')
+    assert complete_checkpoints(tmp_path) == [older, damaged]
+    assert next_save(tmp_path) == 4, "the readable ones count"
+
+
+def test_a_removal_leaves_nothing_half_deleted_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, doomed = checkpoint(tmp_path / "a-step=10", 10), checkpoint(tmp_path / "b-step=9", 9)
+    monkeypatch.setattr(folders.shutil, "rmtree", lambda _: None)  # where a kill would stop it
+    folders.remove(doomed)
+    assert complete_checkpoints(tmp_path) == [kept]
+    monkeypatch.undo()
+    assert len(remove_unfinished(tmp_path)) == 1
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_what_is_unfinished_is_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import math
 import os
+import shutil
 import signal
 import tarfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nemo_dpo import launch
-from nemo_dpo.checkpoint import sharded
+from nemo_dpo.checkpoint import folders, writing
 from nemo_dpo.data import DataError
 
 
@@ -43,19 +44,17 @@ def _at_call(count: int, function: Callable[..., Any], act: Callable[[], None]) 
 
 def kill_after_the_shards() -> None:
     """The second checkpoint has its shards, and not yet its progress.json."""
-    sharded.dist_checkpointing.save = _at_call(2, sharded.dist_checkpointing.save, _die)
+    writing._write = _at_call(2, writing._write, _die)
 
 
 def kill_before_the_rename() -> None:
     """The second checkpoint is complete, and not yet under its final name."""
-    sharded._save_sharded = _at_call(2, sharded._save_sharded, _die)
+    writing.manifest.write = _at_call(2, writing.manifest.write, _die)
 
 
 def kill_while_pruning() -> None:
     """The second checkpoint is there, the first one about to be deleted."""
-    from nemo_dpo.training import cadence
-
-    cadence.shutil = SimpleNamespace(rmtree=_die)  # type: ignore[attr-defined]
+    folders.shutil = SimpleNamespace(rmtree=_die, disk_usage=shutil.disk_usage)  # type: ignore[attr-defined]
 
 
 def kill_while_packing() -> None:
@@ -70,7 +69,7 @@ def kill_while_packing_an_adapter() -> None:
 
 def fill_disk_while_saving() -> None:
     """The second checkpoint finds no room for its last bytes."""
-    sharded.dist_checkpointing.save = _at_call(2, sharded.dist_checkpointing.save, _full)
+    writing._write = _at_call(2, writing._write, _full)
 
 
 def fill_disk_while_packing() -> None:

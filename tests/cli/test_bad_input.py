@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from nemo_dpo.checkpoint import sharded
+from nemo_dpo.checkpoint import manifest
+from nemo_dpo.checkpoint.folders import UNFINISHED, read_progress
 from tests.cli.launch_support import QUICK, Inputs, data, error_line, losses, make_inputs
 from tests.support.cli import Run, run_cli
 from tests.support.layouts import write_one_file, write_zarr
@@ -371,12 +372,14 @@ def test_a_killed_rank_is_named_and_the_others_end(inputs: Inputs, tmp_path: Pat
 def check_what_is_left(log_dir: Path, step: int) -> None:
     """All under a final name is whole, and the newest is that of `step`."""
     folder = log_dir / "checkpoints"
-    final = [path for path in folder.iterdir() if path.suffix != sharded.UNFINISHED and not path.name.startswith(".")]
+    final = [path for path in folder.iterdir() if path.suffix != UNFINISHED and not path.name.startswith(".")]
     folders = [path for path in final if path.is_dir() and not path.is_symlink()]
     assert [path.name for path in final if path.suffix == ".nemo"] == []
     for path in folders:
-        assert {"progress.json", "metadata.json", "common.pt", ".metadata"} <= {f.name for f in path.iterdir()}, path
-    assert max(sharded.read_progress(path)["step"] for path in folders) == step
+        files = manifest.read(path)
+        assert {"progress.json", "metadata.json", "common.pt", ".metadata"} < files.keys()
+        manifest.check(path, files)
+    assert max(read_progress(path)["step"] for path in folders) == step
     assert (folder / "last" / "progress.json").is_file()
 
 
@@ -387,7 +390,7 @@ def check_goes_on(inputs: Inputs, log_dir: Path, whole: dict[int, float]) -> Non
     assert losses(log_dir) == whole
     names = {path.name for path in (log_dir / "checkpoints").iterdir()}
     assert "megatron_gpt.nemo" in names
-    assert [name for name in names if name.endswith((sharded.UNFINISHED, ".tmp"))] == []
+    assert [name for name in names if name.endswith((UNFINISHED, ".tmp"))] == []
 
 
 @pytest.mark.parametrize(

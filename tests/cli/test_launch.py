@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nemo_dpo import launch
-from nemo_dpo.checkpoint import archive, sharded
+from nemo_dpo.checkpoint import archive, folders
 from nemo_dpo.config import Config, ConfigError
 from nemo_dpo.config.schema import ModelConfig, TrainerConfig
 from nemo_dpo.launch import Ranks, present_ranks
@@ -157,7 +157,7 @@ def test_a_killed_parent_takes_its_ranks_along_and_sigterm_saves(inputs: Inputs,
     assert stopped.status == 0, stopped.output
     assert "resuming from" in stopped.output
     assert ": SIGTERM" in stopped.output
-    saved = max(sharded.read_progress(path)["step"] for path in sharded.complete_checkpoints(log_dir / "checkpoints"))
+    saved = max(folders.read_progress(path)["step"] for path in folders.complete_checkpoints(log_dir / "checkpoints"))
     assert 30 <= saved < 90
     assert not (log_dir / "checkpoints" / "megatron_gpt.nemo").exists()
 

@@ -284,7 +284,7 @@ def test_refused_keys_pass_at_values_that_ask_for_nothing() -> None:
         "model.peft.restore_from_ckpt.checkpoint_name=x",
         "model.context_parallel_size=2", "model.expert_tensor_parallel_size=2",
         "model.fsdp=true", "model.data.data_impl=packed_jsonl", "model.data.data_impl=mmap", "model.mcore_gpt=false",
-        "exp_manager.checkpoint_callback_params.async_save=true", "exp_manager.ema.enable=true",
+        "exp_manager.ema.enable=true",
         "exp_manager.create_early_stopping_callback=true", "model.data.chat_prompt_tokens.turn_start=x",
         "trainer.logger=true", "model.fp8=true", "trainer.strategy=fsdp", "trainer.strategy._target_=lightning.FSDP",
         "exp_manager.create_fault_tolerance_callback=true", "trainer.accumulate_grad_batches=2",

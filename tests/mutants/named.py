@@ -25,6 +25,7 @@ ENGINE = "nemo_dpo/parallel/engine.py"
 FROZEN = "nemo_dpo/reference/frozen.py"
 STEP = "nemo_dpo/training/step.py"
 SHARDED = "nemo_dpo/checkpoint/sharded.py"
+FOLDERS = "nemo_dpo/checkpoint/folders.py"
 
 LOSSES = "tests/losses/test_preference_losses.py::"
 OBJECTIVES = "tests/losses/test_objective.py::"
@@ -436,17 +437,24 @@ CHECKPOINT_MUTATIONS = (
     ),
     Mutation(
         "unfinished checkpoint taken as complete",
-        SHARDED,
+        FOLDERS,
         "f.suffix not in (UNFINISHED, REPLACED)",
         "f.suffix not in (REPLACED,)",
         "tests/checkpoint/test_unfinished.py::test_complete_checkpoints_and_nothing_else",
     ),
     Mutation(
         "interrupted save looks like a checkpoint",
-        SHARDED,
-        "unfinished = folder.with_name(folder.name + UNFINISHED)",
-        'unfinished = folder.with_name(folder.name + ".partial")',
+        FOLDERS,
+        "return folder.with_name(folder.name + UNFINISHED)",
+        'return folder.with_name(folder.name + ".partial")',
         f"{KILLED}[kill_before_the_rename-4]",
+    ),
+    Mutation(
+        "a checkpoint's files are not looked at",
+        "nemo_dpo/checkpoint/manifest.py",
+        "if found != entry.crc32:",
+        "if False:",
+        "tests/cli/test_damaged.py::test_no_good_one_is_an_error",
     ),
 )
 
