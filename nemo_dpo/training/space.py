@@ -10,7 +10,7 @@ from nemo_dpo.checkpoint.folders import free_bytes
 from nemo_dpo.checkpoint.writing import MIB
 from nemo_dpo.config.schema import OptimConfig
 from nemo_dpo.parallel.collective import gather
-from nemo_dpo.parallel.engine import Engine
+from nemo_dpo.parallel.engine import Engine, is_distributed
 
 logger = logging.getLogger(__name__)
 
@@ -18,12 +18,15 @@ FP32 = 4  # bytes of a master weight, a moment, a momentum
 
 
 def expected_bytes(engine: Engine, optim: OptimConfig) -> int:
-    """Tensors of a checkpoint before there is one: weights, fp32 masters of bf16 weights, the optimizer's moments.
+    """Tensors of a checkpoint before there is one: weights, fp32 masters where there are any, the optimizer's moments.
 
     Collective. A little too much where tensor-parallel ranks hold copies (norms).
     """
+    distributed = is_distributed(optim)  # stores masters of fp32 weights, too
     states = 2 if optim.name != "sgd" else int(optim.momentum > 0)
-    own = sum(p.numel() * (p.itemsize + FP32 * (states + int(p.itemsize < FP32))) for p in engine.trainable)
+    own = sum(
+        p.numel() * (p.itemsize + FP32 * (states + int(distributed or p.itemsize < FP32))) for p in engine.trainable
+    )
     return sum(gather(own)) // engine.groups.layout.dp
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -96,3 +97,27 @@ def fill_the_disk() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     _at_step_4(full)
+
+
+def eat_the_disk_while_tensors_are_written() -> None:
+    """Another program leaves a megabyte for them."""
+    _at_step_4(lambda: _eat(2**20))
+
+
+def eat_the_disk_while_rank_zero_completes() -> None:
+    """All ranks have written their tensors; there is no byte left for the index."""
+    from nemo_dpo.checkpoint import writing
+
+    def complete(run: Any, save: Any, shares: Any) -> Any:
+        if save.folder.name == "step=4":
+            _eat(0)
+        return run(save, shares)
+
+    wrap(writing.Writing, "_complete", complete)
+
+
+def _eat(leave: int) -> None:
+    """Fill the disk of the checkpoints up to `leave` bytes."""
+    folder = log_dir() / "checkpoints"
+    with (folder / "filler").open("wb") as file:
+        file.write(bytes(shutil.disk_usage(folder).free - leave))
