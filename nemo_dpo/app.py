@@ -37,12 +37,13 @@ from nemo_dpo.reference.adapter import AdapterReference
 from nemo_dpo.reference.cached import CachedReference, fill
 from nemo_dpo.reference.frozen import FrozenReference, Reference
 from nemo_dpo.tokenizer import load_tokenizer
-from nemo_dpo.training import run_log, signals
+from nemo_dpo.training import nonfinite, run_log, signals
 from nemo_dpo.training.adapters import Adapted, export_adapter
 from nemo_dpo.training.cadence import Cadence, CheckpointKeeper, Rhythm
 from nemo_dpo.training.data import PairData
 from nemo_dpo.training.finish import check_export, export_nemo, finish, nemo_path
 from nemo_dpo.training.module import PreferenceModule
+from nemo_dpo.training.nonfinite import NonFinite
 from nemo_dpo.training.policy import build_engine, build_evaluator
 from nemo_dpo.training.resume import (
     announce_steering,
@@ -255,6 +256,7 @@ def _build_trainer(
         build_objective(cfg.model.dpo),
         cfg.model.optim,
         clip_grad=cfg.trainer.dpo.gradient_clip_val,
+        nonfinite=NonFinite(cfg.trainer.dpo, log_dir / nonfinite.FILE, data.source, engine.groups),
         first_step=first_step,
         max_steps=data.max_steps,
     )

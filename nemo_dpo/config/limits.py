@@ -54,6 +54,8 @@ LIMITS: dict[str, Limit] = {
     "trainer.dpo.limit_train_batches": STEPS_OR_FRACTION,
     "trainer.dpo.limit_val_batches": STEPS_OR_FRACTION,
     "trainer.dpo.gradient_clip_val": NOT_NEGATIVE,
+    "trainer.dpo.on_nonfinite": choice("stop", "skip"),
+    "trainer.dpo.max_consecutive_skips": COUNT,
     "exp_manager.max_time_per_run": DURATION,
     "exp_manager.checkpoint_callback_params.mode": choice("min", "max"),
     "exp_manager.checkpoint_callback_params.save_top_k": Limit("must be -1 or greater", lambda value: value >= -1),

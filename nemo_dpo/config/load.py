@@ -26,7 +26,7 @@ from nemo_dpo.config import legacy
 from nemo_dpo.config.errors import ConfigError
 from nemo_dpo.config.keys import children, nearest, schema_keys
 from nemo_dpo.config.peft import LoraTuningConfig
-from nemo_dpo.config.schema import Config, OptimConfig
+from nemo_dpo.config.schema import Config, OptimConfig, TrainerDpoConfig
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def load_config(config_dir: Path | str, config_name: str, overrides: Sequence[st
     notices += [(item, _HYDRA_KEY) for item in overrides if _is_hydras(item)]
     known, more = _translate(values)
     cfg, switched_off = _without_idle_sequence_parallel(_typed(known))
-    for line in legacy.grouped([*notices, *more, *switched_off, *_idle_optimizer_keys(cfg), *_idle_adapter_keys(cfg)]):
+    for line in legacy.grouped([*notices, *more, *switched_off, *_idle_keys(cfg)]):
         logger.info("%s", line)
     return cfg
 
@@ -227,6 +227,15 @@ def _without_idle_sequence_parallel(cfg: Config) -> tuple[Config, list[tuple[str
         return cfg, []
     notice = "switched off, for it needs model.tensor_model_parallel_size of at least 2"
     return replace(cfg, model=replace(cfg.model, sequence_parallel=False)), [("model.sequence_parallel", notice)]
+
+
+def _idle_keys(cfg: Config) -> Iterator[tuple[str, str]]:
+    """What the values of other keys make useless."""
+    limits = cfg.trainer.dpo
+    if limits.on_nonfinite == "stop" and limits.max_consecutive_skips != TrainerDpoConfig().max_consecutive_skips:
+        yield "trainer.dpo.max_consecutive_skips", "not used by trainer.dpo.on_nonfinite=stop"
+    yield from _idle_optimizer_keys(cfg)
+    yield from _idle_adapter_keys(cfg)
 
 
 def _idle_optimizer_keys(cfg: Config) -> Iterator[tuple[str, str]]:

@@ -36,6 +36,11 @@ class TrainerDpoConfig:
     """Global batches per validation (integer) or fraction of them (float in (0, 1])."""
     gradient_clip_val: float = 1.0
     """Limit on the gradient's global norm; 0 switches clipping off."""
+    on_nonfinite: str = "stop"
+    """What a step does whose loss or gradient norm is NaN or infinite: stop (the run), or skip (its update; data and
+    schedule move on, the figure skipped_steps counts). Its pairs are written to nonfinite.jsonl in the log folder."""
+    max_consecutive_skips: int = 10
+    """Steps in a row that on_nonfinite=skip leaves out; one more stops the run."""
 
 
 @dataclass(frozen=True)

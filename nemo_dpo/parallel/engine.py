@@ -156,22 +156,19 @@ class Engine(Evaluator):
             return {}
         return {"load_balancing_loss": load_balance(self.routers, self._tokens, config.num_layers)}
 
-    def update(self, clip_grad: float) -> float:
-        """One optimizer step on the gradients left by `forward_backward`.
+    def update(self, clip_grad: float, *, wanted: bool = True) -> float:
+        """One optimizer step on the gradients left by `forward_backward`, if it is `wanted` and their norm is finite.
 
         Args:
             clip_grad: limit on the gradient's global L2 norm; 0 clips nothing.
 
         Returns:
-            The norm before clipping.
-
-        Raises:
-            FloatingPointError: the norm is NaN or infinite. No parameter has changed.
+            The norm before clipping, the same on all ranks. If it is NaN or infinite no parameter has changed.
         """
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm}; no parameter was changed")
+        if not (wanted and math.isfinite(norm)):
+            return norm
         if clip_grad > 0:
             for part in self.optimizer.chained_optimizers:  # experts have one of their own
                 clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, norm)
@@ -187,9 +184,8 @@ class Engine(Evaluator):
 
     def sharded_optimizer(self, weights: dict[str, Any], *, loading: bool = False) -> Any:
         """The optimizer's state for the `weights` that `sharded_weights` gave."""
-        if loading:
-            for part in self.optimizer.chained_optimizers:
-                mcore_repairs.fill_state(part)
+        for part in self.optimizer.chained_optimizers:
+            (mcore_repairs.fill_state if loading else mcore_repairs.begin_state)(part)
         return self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=CHECKPOINT_LAYOUT)
 
     def refine_masters(self, exact: Iterable[tuple[nn.Parameter, Tensor]]) -> None:

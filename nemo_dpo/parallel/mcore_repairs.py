@@ -27,6 +27,23 @@ def fill_state(part: MegatronOptimizer) -> None:
         part._init_optimizer_states_with_dummy_values()
 
 
+def begin_state(part: MegatronOptimizer) -> None:
+    """Before a save: if no update has been made yet there is no state, and saving fails on `len(steps) == 1`.
+
+    Zeros are what the first update starts from.
+    """
+    optimizer = part.optimizer
+    if optimizer.state:
+        return
+    part.init_state_fn(optimizer, part.config)
+    for group in optimizer.param_groups if "betas" in optimizer.defaults else ():
+        if not isinstance(optimizer, torch.optim.Adam):  # that and AdamW count for each parameter, fused ones here
+            group["step"] = 0
+            continue
+        for parameter in group["params"]:
+            optimizer.state[parameter]["step"] = torch.zeros(())
+
+
 def separate_steps(part: MegatronOptimizer) -> None:
     """After a load: the distributed optimizer leaves one `step` tensor shared by all parameters.
 

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemo_dpo.config import Config, Source, data_sources
+from nemo_dpo.data import jsonl
 from nemo_dpo.data.batch import GlobalBatch, build_global_batch
 from nemo_dpo.data.dataset import PairDataset, PreparedSplit, open_split, prepare_split
 from nemo_dpo.data.report import make_report
@@ -112,6 +113,10 @@ class PairData:
             )
             for split, dataset in self._datasets.items()
         }
+
+    def source(self, index: int) -> jsonl.Source:
+        """File and line of a training pair."""
+        return self._datasets["train"].source(index)
 
     def _show_reports(self, tokenizer: Tokenizer, log_dir: Path) -> None:
         for split, dataset in self._datasets.items():

@@ -21,6 +21,7 @@ from nemo_dpo.parallel.engine import Engine
 from nemo_dpo.reference.frozen import Reference
 from nemo_dpo.training.data import Batches
 from nemo_dpo.training.lr import build_scheduler
+from nemo_dpo.training.nonfinite import NonFinite
 from nemo_dpo.training.step import objective_step
 from nemo_dpo.training.strategy import OptimizerHandle
 
@@ -42,6 +43,7 @@ class PreferenceModule(LightningModule):
         optim: OptimConfig,
         *,
         clip_grad: float,
+        nonfinite: NonFinite,
         first_step: int,
         max_steps: int,
     ) -> None:
@@ -53,6 +55,7 @@ class PreferenceModule(LightningModule):
         self._objective = objective
         self._optim = optim
         self._clip_grad = clip_grad
+        self._nonfinite = nonfinite
         self._first_step = first_step
         self._max_steps = max_steps
         self.metrics: Metrics = {}
@@ -72,27 +75,24 @@ class PreferenceModule(LightningModule):
         """Reference pass, forward and backward, update, schedule; leaves `metrics`.
 
         Raises:
-            FloatingPointError: loss or gradient norm is NaN or infinite, named with the step. No parameter has changed.
+            FloatingPointError: loss or gradient norm is NaN or infinite, and the run is to stop (see `NonFinite`).
         """
         start = time.perf_counter()
         handle, scheduler = self.optimizers().optimizer, self.lr_schedulers()
+        step = self.trainer.global_step
         rate = handle.param_groups[0]["lr"]
         references = self._reference.logps(batch)
-        sums = self.engine.forward_backward(batch.micro_batches, objective_step(self._objective, references))
-        metrics, pairs, tokens = self._reduce(sums, batch)
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"the loss of step {self.trainer.global_step} is {metrics['loss']}; no parameter was changed"
-            )
-        try:
-            self.optimizers().step()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {self.trainer.global_step}: {error}") from error
+        outcomes = self.engine.forward_backward(batch.micro_batches, objective_step(self._objective, references))
+        metrics, pairs, tokens = self._reduce([outcome.sums for outcome in outcomes], batch)
+        self.optimizers().step(wanted=math.isfinite(metrics["loss"]))
+        figures = {"loss": metrics["loss"], "grad_norm": handle.grad_norm}
+        self._nonfinite.judge(step, figures, batch, outcomes, references)
         scheduler.step()
         seconds = time.perf_counter() - start
         self.metrics = {
             **metrics,
             **self.engine.load_balance(),
+            **self._nonfinite.figures,
             "grad_norm": handle.grad_norm,
             "lr": rate,
             "step_time": seconds,
@@ -108,9 +108,8 @@ class PreferenceModule(LightningModule):
             on_device = batches[number].to(self.engine.groups.device)
             if number == len(references):
                 references.append(self._reference.logps(on_device))
-            sums += self.engine.forward_only(
-                on_device.micro_batches, objective_step(self._objective, references[number])
-            )
+            step = objective_step(self._objective, references[number])
+            sums += [outcome.sums for outcome in self.engine.forward_only(on_device.micro_batches, step)]
         return self._reduce(sums)[0]
 
     def _reduce(self, sums: list[Tensor], batch: GlobalBatch | None = None) -> tuple[Metrics, float, float]:
@@ -133,4 +132,8 @@ class PreferenceModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Numbers that say where the run is; the strategy takes them out again."""
-        checkpoint["progress"] = self.progress()
+        checkpoint["progress"] = {**self.progress(), **self._nonfinite.state}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count on from there."""
+        self._nonfinite.restore(checkpoint["progress"])

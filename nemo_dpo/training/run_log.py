@@ -216,6 +216,11 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.n = trainer.global_step
         super().on_train_end()
 
+    def on_exception(self, *_: Any) -> None:
+        """End the bar's line: what is said next begins a new one."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:  # type: ignore[override]
         """loss, acc and pairs/s of the last step."""
         latest: dict[str, float] = pl_module.metrics  # type: ignore[assignment]

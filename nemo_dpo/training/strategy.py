@@ -90,6 +90,6 @@ class OptimizerHandle(torch.optim.Optimizer):
         self.param_groups = engine.optimizer.param_groups
         self.grad_norm = 0.0
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update; leaves the gradient norm before clipping in `grad_norm`."""
-        self.grad_norm = self._engine.update(self._clip_grad)
+    def step(self, closure: Any = None, *, wanted: bool = True) -> None:  # type: ignore[override]
+        """One update, or none: see `Engine.update`; leaves the gradient norm before clipping in `grad_norm`."""
+        self.grad_norm = self._engine.update(self._clip_grad, wanted=wanted)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
-from tests.cli.probes import wrap
+from tests.cli.probes import log_dir, wrap
 
 STOP_AFTER = 3
 
@@ -70,3 +74,50 @@ def forget_own_steps() -> None:
     from nemo_dpo.parallel import mcore_repairs
 
     mcore_repairs.separate_steps = lambda part: None
+
+
+POISONED = 5  # the training pair whose log-probs become NaN
+
+
+def poison_a_pair() -> None:
+    """The policy's log-prob of one training pair's chosen response is NaN, in whichever batch it comes."""
+    _poison(lambda index: index == POISONED)
+
+
+def poison_all_pairs() -> None:
+    """The same of every training pair."""
+    _poison(lambda index: True)
+
+
+def _poison(wanted: Callable[[int], bool]) -> None:
+    from nemo_dpo.training import step
+
+    def forward(run: Any, iterator: Any, chunk: Any, loss: Any) -> Any:
+        def poisoned(batch: Any, logps: Any, logit_sums: Any) -> Any:
+            rows = [pair for pair, index in enumerate(batch.pair_index.tolist()) if chunk.training and wanted(index)]
+            factor = logps.new_ones(len(logps))
+            factor[batch.pair_segments[rows, 0]] = math.nan
+            return loss(batch, logps * factor, logit_sums)
+
+        return run(iterator, chunk, poisoned)
+
+    wrap(step, "forward_responses", forward)
+
+
+def watch_weights() -> None:
+    """Leave facts/<rank>.json: a digest of this rank's trained weights after each step."""
+    from nemo_dpo.training.module import PreferenceModule
+
+    digests: list[str] = []
+
+    def train(step: Any, module: Any, batch: Any, number: int) -> None:
+        step(module, batch, number)
+        digest = hashlib.sha256()
+        for weight in module.engine.trainable:
+            digest.update(weight.detach().float().numpy().tobytes())
+        digests.append(digest.hexdigest())
+        folder = log_dir() / "facts"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(digests))
+
+    wrap(PreferenceModule, "training_step", train)

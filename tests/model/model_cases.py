@@ -187,7 +187,7 @@ def training_step(engine: Any, out: Path) -> dict[str, Any]:
     logps = engine.forward_only(batches, collect_logps)
     objective = build_objective(DpoConfig(ref_policy_kl_penalty=BETA))
     references = reference_logps(batches) if logps else []
-    sums = engine.forward_backward(batches, objective_step(objective, references))
+    outcomes = engine.forward_backward(batches, objective_step(objective, references))
     engine.optimizer.prepare_grads()
     norm = engine.optimizer.get_grad_norm()
     with torch.no_grad():
@@ -196,6 +196,6 @@ def training_step(engine: Any, out: Path) -> dict[str, Any]:
     sharded.save_weights(out, engine)
     return {
         "logps": logps,
-        "loss": finalize(torch.stack(sums).sum(0))["loss"] if sums else None,
+        "loss": finalize(torch.stack([o.sums for o in outcomes]).sum(0))["loss"] if outcomes else None,
         "grad_norm": float(norm),
     }

@@ -286,8 +286,8 @@ SPINE_MUTATIONS = (
     Mutation(
         "mean of micro-batches' means",
         STEP,
-        "return output.total, output.weight, sums",
-        "return output.total / output.weight.clamp(min=1), output.weight.clamp(max=1), sums",
+        "return output.total, output.weight, Outcome(",
+        "return output.total / output.weight.clamp(min=1), output.weight.clamp(max=1), Outcome(",
         f"{ORACLE}test_gradients[1 process-gqa_tied]",
     ),
     Mutation(
@@ -302,8 +302,8 @@ SPINE_MUTATIONS = (
     Mutation(
         "pairs counted instead of the objective's weight",
         STEP,
-        "return output.total, output.weight, sums",
-        "return output.total, output.weight.new_tensor(batch.num_pairs), sums",
+        "return output.total, output.weight, Outcome(",
+        "return output.total, output.weight.new_tensor(batch.num_pairs), Outcome(",
         "tests/parallel/test_weight.py::test_gradients_and_figures_are_divided_by_the_objectives_weight[DP 2]",
     ),
     Mutation(

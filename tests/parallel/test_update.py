@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from nemo_dpo.checkpoint.archive import MODEL_WEIGHTS
 from nemo_dpo.checkpoint.weights import read_weights
 from nemo_dpo.config.schema import OptimConfig
 from tests.model.model_cases import make_case
-from tests.parallel.update_cases import clipped_updates, decayed, masters_at_start, update_on_nan
+from tests.parallel.update_cases import clipped_updates, decayed, masters_at_start, unwanted_update, update_on_nan
 from tests.support.ranks import run_ranks
 
 LEARNING_RATE = 0.1  # of the SGD that tests.model.model_cases.build gives
@@ -38,7 +39,15 @@ def test_clipping(nemo: Path, tmp_path: Path) -> None:
 
 
 def test_a_gradient_that_is_no_number_changes_nothing(nemo: Path, tmp_path: Path) -> None:
-    assert run_ranks(1, update_on_nan, tmp_path, nemo)[0] == ("gradient norm is nan; no parameter was changed", True)
+    norm, unchanged = run_ranks(1, update_on_nan, tmp_path, nemo)[0]
+    assert math.isnan(norm)
+    assert unchanged
+
+
+def test_an_update_that_is_not_wanted_changes_nothing(nemo: Path, tmp_path: Path) -> None:
+    norm, unchanged = run_ranks(1, unwanted_update, tmp_path, nemo)[0]
+    assert 0 < norm < math.inf
+    assert unchanged
 
 
 @pytest.mark.parametrize(

@@ -49,19 +49,25 @@ def _parts(engine: Any, flat: Tensor) -> list[Tensor]:
     return [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)]
 
 
-def update_on_nan(_rank: int, nemo: Path) -> tuple[str, bool]:
-    """The error of an update whose gradient holds a NaN, and whether it changed a weight."""
+def update_on_nan(_rank: int, nemo: Path) -> tuple[float, bool]:
+    """The norm of a gradient that holds a NaN, and whether its update left all weights as they were."""
     from nemo_dpo.parallel.groups import Layout
 
     engine = build(nemo, Layout(1))
     start = _weights(engine)
     _backward(engine)
     next(engine.chunks[0].parameters()).main_grad.view(-1)[0] = math.nan
-    try:
-        engine.update(0.0)
-    except FloatingPointError as error:
-        return str(error), torch.equal(_weights(engine), start)
-    return "", False
+    return engine.update(0.0), torch.equal(_weights(engine), start)
+
+
+def unwanted_update(_rank: int, nemo: Path) -> tuple[float, bool]:
+    """The same of a sound gradient whose update is not wanted."""
+    from nemo_dpo.parallel.groups import Layout
+
+    engine = build(nemo, Layout(1))
+    start = _weights(engine)
+    _backward(engine)
+    return engine.update(0.0, wanted=False), torch.equal(_weights(engine), start)
 
 
 def decayed(_rank: int, nemo: Path, optimizer: str) -> dict[str, float]:

@@ -25,6 +25,7 @@ def step_of_rank(_rank: int, nemo: Path, layout: Any, weight: float) -> dict[str
     engine = build(nemo, layout)
     batches = random_batches(SIZES, multiple=layout.tp)
     objective = Objective(weighted, LossConstants(BETA))
-    sums = engine.forward_backward(batches, objective_step(objective, reference_logps(batches)))
+    outcomes = engine.forward_backward(batches, objective_step(objective, reference_logps(batches)))
     gradients: list[Tensor] = [p.main_grad.clone() for chunk in engine.chunks for p in chunk.parameters()]
-    return {"loss": finalize(torch.stack(sums).sum(0))["loss"] if sums else None, "gradients": gradients}
+    loss = finalize(torch.stack([outcome.sums for outcome in outcomes]).sum(0))["loss"] if outcomes else None
+    return {"loss": loss, "gradients": gradients}
