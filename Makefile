@@ -15,7 +15,7 @@ bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint unit test-slow test-faults test-image parity mutants image clean
+.PHONY: help venv quickstart test lint unit test-slow test-cluster test-faults test-image parity mutants image clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -42,7 +42,7 @@ lint: $(stamp)  ## ruff, mypy, import-linter
 	$(bin)/lint-imports
 
 # One thread per process: the tests start several ranks on the same cores.
-unit test-slow test-faults test-image parity mutants: export OMP_NUM_THREADS := 1
+unit test-slow test-cluster test-faults test-image parity mutants: export OMP_NUM_THREADS := 1
 
 # Whole files to each of JOBS processes: what a file prepares once is not prepared twice.
 unit: $(stamp)
@@ -50,6 +50,9 @@ unit: $(stamp)
 
 test-slow: $(stamp)  ## the long tests
 	$(bin)/python -m pytest -m slow $(PYTEST)
+
+test-cluster: $(stamp)  ## batch scripts and preemption on a real Slurm cluster of this host's processes (root, Slurm)
+	$(bin)/python -m pytest -m cluster $(PYTEST)
 
 test-faults: $(stamp)  ## what goes wrong: kills in saves, full disks, moves from every layout to every other
 	$(bin)/python -m pytest -m faults $(PYTEST)

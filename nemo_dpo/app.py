@@ -23,7 +23,7 @@ from nemo.utils import logging as nemo_logging
 
 from nemo_dpo.checkpoint import archive, sharded
 from nemo_dpo.checkpoint.fingerprint import weights_hash
-from nemo_dpo.checkpoint.folders import read_progress
+from nemo_dpo.checkpoint.folders import complete_checkpoints, read_progress
 from nemo_dpo.checkpoint.weights import check_metadata_pickle
 from nemo_dpo.config import Config
 from nemo_dpo.lora.spec import POLICY
@@ -36,12 +36,14 @@ from nemo_dpo.parallel.groups import Groups, Layout, initialize
 from nemo_dpo.reference.adapter import AdapterReference
 from nemo_dpo.reference.cached import CachedReference, fill
 from nemo_dpo.reference.frozen import FrozenReference, Reference
+from nemo_dpo.reference.table import rows_on_disk
 from nemo_dpo.tokenizer import load_tokenizer
-from nemo_dpo.training import nonfinite, run_log, signals
+from nemo_dpo.training import nonfinite, run_log
 from nemo_dpo.training.adapters import Adapted, export_adapter
 from nemo_dpo.training.cadence import Cadence, CheckpointKeeper, Rhythm
 from nemo_dpo.training.data import PairData
 from nemo_dpo.training.finish import check_export, export_nemo, finish, nemo_path
+from nemo_dpo.training.leave import Stopped, TimeLimit, any_request, leave, own_request
 from nemo_dpo.training.module import PreferenceModule
 from nemo_dpo.training.nonfinite import NonFinite
 from nemo_dpo.training.policy import build_engine, build_evaluator
@@ -63,44 +65,64 @@ E = TypeVar("E", bound=Evaluator)
 
 def train(cfg: Config) -> int:
     """A DPO run from its start, or from its newest checkpoint, to its end; returns the exit status."""
-    with process_group(cfg) as groups:
-        _quieten_libraries()
-        log_dir = on_rank_zero(lambda: run_log.log_dir_of(cfg.exp_manager))  # it may ask the clock
-        on_rank_zero(lambda: run_log.check_wandb(cfg.exp_manager))
-        resume = checkpoint_to_resume(cfg.exp_manager, log_dir / "checkpoints")
-        with _started(cfg, log_dir, groups, build_engine) as start:
-            facts = _facts(cfg, start)
-            first_step = _step_to_resume(resume, start, facts) if resume else 0
-            if cfg.exp_manager.create_checkpoint_callback:
-                needed = expected_bytes(start.engine, cfg.model.optim)
-                on_rank_zero(partial(check_room, log_dir / "checkpoints", needed))
-            reference, data = build_reference(cfg, start), start.data
-            if reference is None:
-                return 0
-            module, trainer, cadence = _build_trainer(cfg, start, reference, facts, first_step)
-            trainer.fit(
-                module, data.train_loader(lambda: trainer.global_step), ckpt_path=str(resume) if resume else None
-            )
-            if trainer.global_step >= data.max_steps:
-                finish(cfg, log_dir, module, data, partial(_export, start))
-            else:
-                logger.warning(
-                    "ended after step %d of %d (%s); start again to resume",
-                    trainer.global_step,
-                    data.max_steps,
-                    cadence.stop_reason,
-                )
-    return 0
+    return _run(_train, cfg)
 
 
 def cache_reference(cfg: Config) -> int:
     """Compute what a run of kind `cached` would compute before it trains, and no more; returns the exit status."""
+    return _run(_cache_reference, cfg)
+
+
+def _run(job: Callable[[Config, Path, Groups], None], cfg: Config) -> int:
+    """`job` among the ranks, to its end or until it is asked to stop."""
+    stop, progress = None, ""
     with process_group(cfg) as groups:
         _quieten_libraries()
-        log_dir = on_rank_zero(lambda: run_log.log_dir_of(cfg.exp_manager))
-        with _started(cfg, log_dir, groups, build_evaluator) as start:
-            cached_reference(cfg, start)
+        log_dir = on_rank_zero(lambda: run_log.log_dir_of(cfg.exp_manager))  # it may ask the clock
+        try:
+            job(cfg, log_dir, groups)
+        except Stopped as stopped:
+            stop, progress = stopped.stop, on_rank_zero(lambda: _progress(cfg, log_dir))
+            logger.warning("ended %s (%s); start again to resume", stopped.where, stop.reason)
+    if stop:
+        leave(stop, progress)
     return 0
+
+
+def _train(cfg: Config, log_dir: Path, groups: Groups) -> None:
+    on_rank_zero(lambda: run_log.check_wandb(cfg.exp_manager))
+    resume = checkpoint_to_resume(cfg.exp_manager, log_dir / "checkpoints")
+    with _started(cfg, log_dir, groups, build_engine) as start:
+        facts, data = _facts(cfg, start), start.data
+        first_step = _step_to_resume(resume, start, facts) if resume else 0
+        if cfg.exp_manager.create_checkpoint_callback:
+            needed = expected_bytes(start.engine, cfg.model.optim)
+            on_rank_zero(partial(check_room, log_dir / "checkpoints", needed))
+        reference = build_reference(cfg, start)
+        module, trainer, cadence = _build_trainer(cfg, start, reference, facts, first_step)
+        _stop_if_asked(start.limit, groups, "before the first step of this start")
+        trainer.fit(module, data.train_loader(lambda: trainer.global_step), ckpt_path=str(resume) if resume else None)
+        saved = cfg.exp_manager.create_checkpoint_callback
+        if cadence.stop and (saved or trainer.global_step < data.max_steps):
+            raise Stopped(cadence.stop, f"after step {trainer.global_step} of {data.max_steps}")
+        finish(cfg, log_dir, module, data, partial(_export, start))
+
+
+def _cache_reference(cfg: Config, log_dir: Path, groups: Groups) -> None:
+    with _started(cfg, log_dir, groups, build_evaluator) as start:
+        cached_reference(cfg, start)
+
+
+def _stop_if_asked(limit: TimeLimit, groups: Groups, where: str) -> None:
+    if stop := any_request(limit, groups.device):
+        raise Stopped(stop, where)
+
+
+def _progress(cfg: Config, log_dir: Path) -> str:
+    """What the next start would find done."""
+    newest = complete_checkpoints(log_dir / "checkpoints")[-1:]
+    step = read_progress(newest[0])["step"] if newest else 0
+    return f"step {step}, {rows_on_disk(_cache_of(cfg, log_dir))} reference log-probs"
 
 
 @dataclass(frozen=True)
@@ -122,7 +144,7 @@ class Start(Generic[E]):
     data: PairData
     engine: E
     adapted: Adapted | None
-    limit: signals.TimeLimit
+    limit: TimeLimit
 
 
 def _export(start: Start[Engine], path: Path) -> Path:
@@ -138,7 +160,12 @@ Build = Callable[[Config, Mapping[str, Any], Path, str, Groups], tuple[E, Adapte
 @contextmanager
 def _started(cfg: Config, log_dir: Path, groups: Groups, build: Build[E]) -> Iterator[Start[E]]:
     """The data, and the model with the checkpoint's weights."""
-    limit = signals.TimeLimit(cfg.exp_manager.max_time_per_run)
+    limit = TimeLimit(cfg.exp_manager.max_time_per_run)
+
+    def stop_rank_zero() -> None:
+        if stop := own_request(limit):
+            raise Stopped(stop, "while the data were prepared")
+
     on_rank_zero(lambda: run_log.save_run_facts(cfg, log_dir))
     with _extracted(Path(str(cfg.pretrained_checkpoint.restore_from_path))) as folder:
         model_config = archive.read_model_config(folder)
@@ -146,7 +173,8 @@ def _started(cfg: Config, log_dir: Path, groups: Groups, build: Build[E]) -> Ite
         tokenizer = load_tokenizer(model_config["tokenizer"], folder)
         model_config["vocab_size"] = stated_vocab_size(model_config) or tokenizer.vocab_size
         check_export(cfg, model_config)
-        data = PairData.prepare(cfg, model_config, tokenizer, log_dir, groups)
+        data = PairData.prepare(cfg, model_config, tokenizer, log_dir, groups, between_chunks=stop_rank_zero)
+        _stop_if_asked(limit, groups, "before the model was built")
         weights = weights_hash(folder / archive.MODEL_WEIGHTS)
         engine, adapted = build(cfg, model_config, folder, weights, groups)
         if adapted:
@@ -188,8 +216,12 @@ def layout_of(cfg: Config, world: int) -> Layout:
     )
 
 
-def build_reference(cfg: Config, start: Start[Engine]) -> Reference | None:
-    """The reference policy, of what the engine holds before any update; None if the run was asked to stop meanwhile."""
+def build_reference(cfg: Config, start: Start[Engine]) -> Reference:
+    """The reference policy, of what the engine holds before any update.
+
+    Raises:
+        Stopped: asked to, while its log-probs were computed.
+    """
     kind = cfg.model.reference_kind
     if kind.startswith("cached:"):
         return cached_reference(cfg, start)
@@ -201,10 +233,17 @@ def _adapter_of(kind: str) -> str | None:
     return {"frozen": POLICY, "adapter_off": None}.get(kind, kind.removeprefix("adapter:"))
 
 
-def cached_reference(cfg: Config, start: Start[E]) -> CachedReference | None:
-    """The log-probs of the model as it is now, by forward passes where they are not on disk yet. Collective."""
+def _cache_of(cfg: Config, log_dir: Path) -> Path:
+    return Path(cfg.model.dpo.reference.cache_dir or log_dir / "reference_cache").absolute()
+
+
+def cached_reference(cfg: Config, start: Start[E]) -> CachedReference:
+    """The log-probs of the model as it is now, by forward passes where they are not on disk yet. Collective.
+
+    Raises:
+        Stopped: asked to; what is computed so far is kept.
+    """
     engine, adapter = start.engine, _adapter_of(cfg.model.reference_kind.removeprefix("cached:"))
-    folder = Path(cfg.model.dpo.reference.cache_dir or start.log_dir / "reference_cache").absolute()
     shape = {k: v for k, v in asdict(Architecture.parse(start.model_config)).items() if k not in TRAINING_ONLY}
     key = {
         "weights": start.weights,
@@ -214,16 +253,17 @@ def cached_reference(cfg: Config, start: Start[E]) -> CachedReference | None:
         "architecture": shape,
     }
     reference = fill(
-        folder,
+        _cache_of(cfg, start.log_dir),
         key,
         start.data.pairs(),
         AdapterReference(engine, adapter).logps,
         engine.groups,
         pairs_per_pass=cfg.model.global_batch_size,
-        stop=lambda: bool(signals.noted()) or start.limit.over(),
+        stop=lambda: any_request(start.limit, engine.groups.device),
     )
     if reference is None:
-        logger.warning("stopped while reference log-probs were computed; start again to go on with the rest")
+        _stop_if_asked(start.limit, engine.groups, "while reference log-probs were computed")
+        raise AssertionError("`fill` stops if asked only, and requests are not taken back")
     return reference
 
 
@@ -303,7 +343,9 @@ def _extracted(path: Path) -> Iterator[Path]:
             yield folder
         return
     unpacks = int(os.environ["LOCAL_RANK"]) == 0
-    folder = Path(tempfile.gettempdir()) / on_rank_zero(lambda: f"nemo_dpo_{uuid.uuid4().hex}")
+    # Of each host its own: they may share the folder for temporary files.
+    name = f"{on_rank_zero(lambda: f'nemo_dpo_{uuid.uuid4().hex}')}_{os.environ['GROUP_RANK']}"
+    folder = Path(tempfile.gettempdir()) / name
     try:
         agree(lambda: archive.extract(path, folder) if unpacks else None)
         yield folder

@@ -72,7 +72,10 @@ def main(config_dir: Path, config_name: str, job: str, argv: Sequence[str]) -> i
     128 + the signal: a rank was killed.
     """
     signals.note_signals()
-    return _guarded(lambda: _launch(config_dir, config_name, job, argv))
+    try:
+        return _guarded(lambda: _launch(config_dir, config_name, job, argv))
+    finally:
+        signals.ignore_requests()
 
 
 def _launch(config_dir: Path, config_name: str, job: str, argv: Sequence[str]) -> int:
@@ -326,8 +329,8 @@ def _fork_ranks(count: int, run: Callable[[], int], preload: str | None) -> int:
     children = {_fork(place, run): place.rank for place in ranks}
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda received, _frame: _signal_all(children, received))
-    if signals.noted():  # between the forks and the lines above
-        _signal_all(children, signals.noted())
+    for noted in signals.noted():  # between the forks and the lines above
+        _signal_all(children, noted)
     return _wait(children)
 
 

@@ -74,18 +74,20 @@ def prepare_split(
     options: DataOptions,
     cache_dir: Path,
     spans: Sequence[tuple[float, float]] | None = None,
+    between_chunks: Callable[[], object] = lambda: None,
 ) -> PreparedSplit:
     """Tokenise `files` into `cache_dir`, as far as it does not hold them, and describe the split.
 
     Without weights the files follow one another, each pair once; with weights see `nemo_dpo.data.blend.blend`. `spans`
     gives the part of each file's pairs that belongs to the split, as fractions [start, end): each file is cut before
     blending, so that a pair which weights repeat cannot be in two splits. One process per run calls this; runs that
-    share cache_dir do not disturb each other. Raises DataError for a file that cannot be read, is not the format or
+    share cache_dir do not disturb each other. What `between_chunks` raises ends the work; files that are done stay so.
+    Raises DataError for a file that cannot be read, is not the format or
     keeps no pair.
     """
     if not files:
         raise DataError("no data file given: set model.data.data_prefix")
-    whole = [_prepare_file(Path(file), tokenizer, options, Path(cache_dir)) for file in files]
+    whole = [_prepare_file(Path(file), tokenizer, options, Path(cache_dir), between_chunks) for file in files]
     shards = [_cut(shard, span) for shard, span in zip(whole, spans or [(0.0, 1.0)] * len(whole), strict=True)]
     if weights is not None:
         blend_counts([shard.size for shard in shards], weights)  # refuses bad weights here, not on every rank
@@ -100,12 +102,14 @@ def _cut(shard: Shard, span: tuple[float, float]) -> Shard:
     return replace(shard, start=start, stop=stop)
 
 
-def _prepare_file(file: Path, tokenizer: Tokenizer, options: DataOptions, cache_dir: Path) -> Shard:
+def _prepare_file(
+    file: Path, tokenizer: Tokenizer, options: DataOptions, cache_dir: Path, between_chunks: Callable[[], object]
+) -> Shard:
     before = _state(file)
     folder = (cache_dir / f"pairs-{_key(file, tokenizer, options)}").absolute()
 
     def produce(tally: Tally) -> Iterator[Chunk]:
-        yield from _tokenize_file(file, tokenizer, options, tally)
+        yield from _tokenize_file(file, tokenizer, options, tally, between_chunks)
         if _state(file) != before:
             raise DataError(f"{file}: changed while it was read; start again when it is complete")
 
@@ -152,7 +156,9 @@ def _state(file: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _tokenize_file(file: Path, tokenizer: Tokenizer, options: DataOptions, tally: Tally) -> Iterator[Chunk]:
+def _tokenize_file(
+    file: Path, tokenizer: Tokenizer, options: DataOptions, tally: Tally, between_chunks: Callable[[], object]
+) -> Iterator[Chunk]:
     """The kept pairs of a file with their tokens, chunk by chunk, under a progress bar over the file's bytes."""
     size = file.stat().st_size
     quiet = size < BAR_FROM_BYTES or not sys.stderr.isatty()
@@ -163,6 +169,7 @@ def _tokenize_file(file: Path, tokenizer: Tokenizer, options: DataOptions, tally
         for pairs in _chunks(read_pairs(stream, str(file), options, tally.noted)):
             yield list(tokenize_pairs(pairs, tokenizer, options, str(file), tally))
             bar.update(stream.tell() - bar.n)
+            between_chunks()
 
 
 def _chunks(pairs: Iterator[PreferencePair]) -> Iterator[list[PreferencePair]]:

@@ -91,7 +91,7 @@ def fill(
         key: name → value of all that decides the log-probs, but the pairs; values as json has them, or such mappings of
             them. The layout of the ranks is none of it, unless the weights depend on it.
         pairs_per_pass: pairs, over all ranks, between two writes: at most these are lost by a kill.
-        stop: asked on rank 0 after each pass.
+        stop: asked on all ranks after each pass, with the same answer.
 
     Returns:
         None if `stop` said so; the rows so far are kept.
@@ -128,17 +128,12 @@ def _fill_split(
                 indices = range(start, min(start + pairs_per_pass, pairs.count))
                 batch = pairs.batch(indices).to(groups.device)
                 rows = _gather(batch, source(batch), indices, groups)
-                stopped = on_rank_zero(partial(_append, writer, rows, stop))
+                on_rank_zero(partial(writer.append, rows))
                 bar.update(len(indices))
-                if stopped:
+                if stop():
                     return False
         on_rank_zero(writer.finish)
     return True
-
-
-def _append(writer: TableWriter, rows: Rows, stop: Callable[[], object]) -> bool:
-    writer.append(rows)
-    return bool(stop())
 
 
 def _gather(batch: GlobalBatch, logps: Sequence[Tensor], indices: range, groups: Groups) -> Rows:

@@ -97,6 +97,11 @@ def open_table(folder: Path, header: Header) -> Rows:
     return np.memmap(path, dtype=ROW, mode="r")
 
 
+def rows_on_disk(folder: Path) -> int:
+    """Rows of all tables in `folder`, finished or not."""
+    return sum(path.stat().st_size // ROW.itemsize for path in folder.glob(f"*/{ROWS}"))
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """What the system refuses inside becomes a SaveError about `path`."""

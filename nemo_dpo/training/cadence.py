@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
@@ -22,8 +19,8 @@ from nemo_dpo.config.checkpoint_names import checkpoint_name
 from nemo_dpo.config.exp_manager import CheckpointCallbackParams
 from nemo_dpo.data.sampler import PairSampler
 from nemo_dpo.parallel.collective import gather, on_rank_zero
-from nemo_dpo.training import signals
 from nemo_dpo.training.data import Batches
+from nemo_dpo.training.leave import Stop, TimeLimit, any_request
 from nemo_dpo.training.module import Metrics, PreferenceModule
 from nemo_dpo.training.space import warn_if_short
 
@@ -56,7 +53,7 @@ class Cadence(Callback):
         rhythm: Rhythm,
         validation: Batches | None,
         keeper: CheckpointKeeper | None,
-        time_limit: signals.TimeLimit,
+        time_limit: TimeLimit,
         after_save: Callable[[], object] | None = None,
     ) -> None:
         self._rhythm = rhythm
@@ -66,7 +63,7 @@ class Cadence(Callback):
         self._time_limit = time_limit
         self._after_save = after_save
         self._latest: Metrics = {}
-        self.stop_reason: str | None = None
+        self.stop: Stop | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: PreferenceModule) -> None:  # type: ignore[override]
         """Validate the untouched policy."""
@@ -81,17 +78,17 @@ class Cadence(Callback):
             self._log(trainer, "train", {**pl_module.metrics, **rhythm.position(step - 1)}, step - 1)
         if step % rhythm.val_interval == 0 or last:
             self._validate(trainer, pl_module)
-        self.stop_reason = self._stop_requested(pl_module)
+        self.stop = any_request(self._time_limit, pl_module.engine.groups.device)
         if self._keeper:
             self._keeper.settle()
-        if self._keeper and (step % rhythm.save_interval == 0 or last or self.stop_reason):
+        if self._keeper and (step % rhythm.save_interval == 0 or last or self.stop):
             self._keeper.save(trainer, {**self._latest, "step": step, **rhythm.position(step)})
-            if last or self.stop_reason:
+            if last or self.stop:
                 self._keeper.settle(wait=True)
             if self._after_save and not last:  # at the end `finish` exports
                 self._after_save()
-        if self.stop_reason:
-            logger.warning("stopping after step %d: %s", step, self.stop_reason)
+        if self.stop:
+            logger.warning("stopping after step %d: %s", step, self.stop.reason)
             trainer.should_stop = True
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -114,15 +111,6 @@ class Cadence(Callback):
         named = {f"{split}/{name}": value for name, value in metrics.items()}
         for target in trainer.loggers:
             target.log_metrics(named, step)
-
-    def _stop_requested(self, module: PreferenceModule) -> str | None:
-        # All ranks must agree, or some would wait in the next step's collectives for ever.
-        own = torch.tensor([signals.noted(), int(self._time_limit.over())], device=module.engine.groups.device)
-        dist.all_reduce(own, op=dist.ReduceOp.MAX)
-        number, over = own.tolist()
-        if number:
-            return signal.Signals(number).name
-        return "exp_manager.max_time_per_run is over" if over else None
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics that the next save would name."""

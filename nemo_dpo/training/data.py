@@ -75,12 +75,21 @@ class PairData:
 
     @classmethod
     def prepare(
-        cls, cfg: Config, model_config: dict[str, Any], tokenizer: Tokenizer, log_dir: Path, groups: Groups
+        cls,
+        cfg: Config,
+        model_config: dict[str, Any],
+        tokenizer: Tokenizer,
+        log_dir: Path,
+        groups: Groups,
+        between_chunks: Callable[[], object] = lambda: None,
     ) -> PairData:
-        """Rank 0 tokenises what is not cached yet and prints the data report; all ranks map the result. Collective."""
+        """Rank 0 tokenises what is not cached yet and prints the data report; all ranks map the result. Collective.
+
+        What `between_chunks` raises on rank 0 is raised on all.
+        """
         options = data_options(cfg, model_config)
         cache = Path(cfg.model.data.cache_dir) if cfg.model.data.cache_dir else log_dir / "data_cache"
-        prepared = on_rank_zero(lambda: _prepare(data_sources(cfg), tokenizer, options, cache))
+        prepared = on_rank_zero(lambda: _prepare(data_sources(cfg), tokenizer, options, cache, between_chunks))
         data = cls(cfg, prepared, tokenizer.pad_id, groups)
         if groups.rank == 0:
             data._show_reports(tokenizer, log_dir)
@@ -172,14 +181,18 @@ def data_options(cfg: Config, model_config: dict[str, Any]) -> DataOptions:
 
 
 def _prepare(
-    sources: dict[str, list[Source]], tokenizer: Tokenizer, options: DataOptions, cache: Path
+    sources: dict[str, list[Source]],
+    tokenizer: Tokenizer,
+    options: DataOptions,
+    cache: Path,
+    between_chunks: Callable[[], object],
 ) -> dict[str, PreparedSplit]:
     prepared = {}
     for split, files in sources.items():
         weights = [file.weight for file in files if file.weight is not None]
         spans = [file.span for file in files]
         paths = [file.path for file in files]
-        prepared[split] = prepare_split(paths, weights or None, tokenizer, options, cache, spans)
+        prepared[split] = prepare_split(paths, weights or None, tokenizer, options, cache, spans, between_chunks)
     return prepared
 
 

@@ -202,7 +202,7 @@ def test_killed_half_way_it_computes_what_is_missing(
 
 def test_asked_to_stop_it_stops_after_the_pass(setting: Setting, tmp_path: Path) -> None:
     stopped = train(setting, tmp_path / "run", CACHED, "trainer.devices=2", patches=("stop_half_way",))
-    assert "start again to go on" in stopped.output
+    assert "ended while reference log-probs were computed (SIGTERM); start again" in stopped.output
     assert not (stopped.log_dir / "metrics.jsonl").exists()
     train(setting, tmp_path / "run", CACHED)
     assert read_passes(tmp_path / "run") == whole_passes()[1:]
@@ -211,7 +211,8 @@ def test_asked_to_stop_it_stops_after_the_pass(setting: Setting, tmp_path: Path)
 def test_the_time_limit_counts_from_the_start(setting: Setting, tmp_path: Path) -> None:
     limit = "exp_manager.max_time_per_run=00:00:00:01"
     stopped = train(setting, tmp_path / "run", CACHED, limit, patches=("slow_passes", "watch_passes"))
-    assert "start again to go on" in stopped.output and len(read_passes(tmp_path / "run")) < len(whole_passes())
+    assert "(exp_manager.max_time_per_run is over); start again" in stopped.output
+    assert len(read_passes(tmp_path / "run")) < len(whole_passes())
     assert not (stopped.log_dir / "metrics.jsonl").exists()
 
 

@@ -86,12 +86,14 @@ def _child(arguments: list[str], output: str, patches: list[str], job: str) -> N
     with open(output, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.argv = ["train_gpt_dpo.py", *arguments]
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:  # where the tests run is no matter
+        del os.environ[name]
     for patch in patches:
         module, function = patch.split(":")
         getattr(importlib.import_module(module), function)()
     from nemo_dpo.launch import main
 
-    sys.argv = ["train_gpt_dpo.py", *arguments]
     status = main(CONF, "gpt_dpo", job, arguments)
     sys.stdout.flush()
     sys.stderr.flush()

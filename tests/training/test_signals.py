@@ -1,4 +1,4 @@
-"""Stop requests: which signals leave a note, which acts at once, and the limit on a run's time."""
+"""Stop requests: which signals leave a note and which acts at once, which counts most; the limit on a run's time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from nemo_dpo.config import ConfigError
-from nemo_dpo.training import signals
+from nemo_dpo.training import leave, signals
+from nemo_dpo.training.leave import NOTICE, OUT_OF_TIME, TERMINATED, Stop, TimeLimit
 
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -19,7 +20,7 @@ NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 def noting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Handlers as a run has them, and no note; afterwards the test process has its own again."""
     before = {number: signal.getsignal(number) for number in NUMBERS}
-    monkeypatch.setattr(signals, "_noted", [])
+    monkeypatch.setattr(signals, "_noted", set())
     signals.note_signals()
     yield
     for number, handler in before.items():
@@ -27,25 +28,47 @@ def noting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_nothing_is_noted_before_a_signal_comes() -> None:
-    assert signals.noted() == 0
+    assert signals.noted() == set()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_request_leaves_a_note_and_interrupts_nothing(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
-    assert signals.noted() == number
+    assert signals.noted() == {number}
 
 
-def test_the_first_request_counts() -> None:
-    os.kill(os.getpid(), signal.SIGUSR1)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert signals.noted() == signal.SIGUSR1
+@pytest.mark.parametrize(
+    ("numbers", "over", "expected"),
+    [
+        ([], False, None),
+        ([], True, OUT_OF_TIME),
+        ([signal.SIGUSR1], True, NOTICE),
+        ([signal.SIGUSR1, signal.SIGTERM], True, TERMINATED),
+        ([signal.SIGTERM, signal.SIGUSR1], False, TERMINATED),
+    ],
+)
+def test_the_strongest_request_counts(
+    monkeypatch: pytest.MonkeyPatch, numbers: list[int], over: bool, expected: Stop | None
+) -> None:
+    """A run that is cancelled while it saves for a requeue must not ask for one."""
+    limit = TimeLimit(None)
+    monkeypatch.setattr(limit, "over", lambda: over)
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    assert leave.own_request(limit) == expected
+
+
+def test_requests_in_the_last_moments_do_nothing() -> None:
+    signals.ignore_requests()
+    for number in signals.REQUESTS:
+        os.kill(os.getpid(), number)
+    assert signals.noted() == set()
 
 
 def test_ctrl_c_acts_at_once() -> None:
     with pytest.raises(signals.Interrupted):
         signal.raise_signal(signal.SIGINT)
-    assert signals.noted() == 0
+    assert signals.noted() == set()
 
 
 def test_ctrl_c_is_caught_by_no_handler_of_errors() -> None:
@@ -60,7 +83,7 @@ def test_ctrl_c_is_caught_by_no_handler_of_errors() -> None:
 def test_time_limit(monkeypatch: pytest.MonkeyPatch, text: str, seconds: int) -> None:
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    limit = signals.TimeLimit(text)
+    limit = TimeLimit(text)
     now[0] += seconds - 0.5
     assert not limit.over()
     now[0] += 0.5
@@ -68,7 +91,7 @@ def test_time_limit(monkeypatch: pytest.MonkeyPatch, text: str, seconds: int) ->
 
 
 def test_no_limit_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = signals.TimeLimit(None)
+    limit = TimeLimit(None)
     monkeypatch.setattr(time, "monotonic", lambda: float("inf"))
     assert not limit.over()
 
@@ -76,4 +99,4 @@ def test_no_limit_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("text", ["", "3600", "01:00:00", "1 day", "00:00:00:-5", "00:00:00:07\n", "00:00:00:0.5"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"max_time_per_run=.* DD:HH:MM:SS"):
-        signals.TimeLimit(text)
+        TimeLimit(text)

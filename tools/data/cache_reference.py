@@ -16,6 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 
 def main() -> int:
+    from nemo_dpo.training.signals import note_signals
+
+    note_signals()  # before anything that takes time: a SIGUSR1 without a handler kills
     from nemo_dpo.launch import main as launch
 
     return launch(ROOT / "conf", "gpt_dpo", "cache_reference", sys.argv[1:])

@@ -13,6 +13,9 @@ CONF = Path(__file__).resolve().parents[3] / "conf"
 
 
 def main() -> int:
+    from nemo_dpo.training.signals import note_signals
+
+    note_signals()  # before anything that takes time: a SIGUSR1 without a handler kills
     from nemo_dpo.launch import main as launch
 
     return launch(CONF, "gpt_dpo", "train", sys.argv[1:])

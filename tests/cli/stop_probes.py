@@ -1,0 +1,89 @@
+"""Functions for `run_cli(patches=…)` that ask a run to stop at a certain moment, and say where it would be requeued."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from nemo_dpo.training.leave import REQUEUE_FILE
+from tests.cli.probes import log_dir, wrap
+
+
+def can_be_requeued() -> None:
+    """As under slurm/common.sh: the results folder gets the file."""
+    os.environ[REQUEUE_FILE] = str(log_dir() / "requeue")
+
+
+def of_a_slurm_job() -> None:
+    """As under Slurm, which ends the job when it waits for that: with a second SIGTERM."""
+    can_be_requeued()
+    os.environ["SLURM_JOB_ID"] = "1"
+    wrap(signal, "pause", lambda pause: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def _signal_at(owner: Any, name: str, *numbers: int) -> None:
+    """The first call of the function is interrupted by signals, and goes on."""
+    sent: list[int] = []
+
+    def interrupted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        for number in numbers if not sent else ():
+            os.kill(os.getpid(), number)
+            sent.append(number)
+        return function(*args, **kwargs)
+
+    wrap(owner, name, interrupted)
+
+
+def while_tokenising() -> None:
+    from nemo_dpo.data import dataset
+
+    _signal_at(dataset, "tokenize_pairs", signal.SIGUSR1)
+
+
+def while_building() -> None:
+    from nemo_dpo import app
+
+    _signal_at(app, "build_engine", signal.SIGUSR1)
+
+
+def while_validating() -> None:
+    from nemo_dpo.training.module import PreferenceModule
+
+    _signal_at(PreferenceModule, "evaluate", signal.SIGUSR1)
+
+
+def in_the_first_step() -> None:
+    from nemo_dpo.training.module import PreferenceModule
+
+    _signal_at(PreferenceModule, "training_step", signal.SIGUSR1)
+
+
+def terminated_in_the_first_step() -> None:
+    from nemo_dpo.training.module import PreferenceModule
+
+    _signal_at(PreferenceModule, "training_step", signal.SIGTERM)
+
+
+def once_more_while_saving() -> None:
+    from nemo_dpo.checkpoint import sharded
+
+    in_the_first_step()
+    _signal_at(sharded, "save", signal.SIGUSR1, signal.SIGUSR1)
+
+
+def terminated_while_saving() -> None:
+    from nemo_dpo.checkpoint import sharded
+
+    in_the_first_step()
+    _signal_at(sharded, "save", signal.SIGTERM)
+
+
+def while_exporting() -> None:
+    from nemo_dpo import app
+
+    _signal_at(app, "finish", signal.SIGUSR1, signal.SIGTERM)
+
+
+def never_asked() -> None:
+    """No signal."""

@@ -1,0 +1,128 @@
+"""A request to stop at any moment: what is saved, what the batch script finds, and how the process ends.
+
+tests/cluster has the same with Slurm's own signals.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Inputs
+from tests.cli.launch_support import SCRIPT, ended, start
+from tests.cli.test_resume import figures, saved_steps
+from tests.support.cli import Run, run_cli
+
+PROBES = "tests.cli.stop_probes"
+OPTIONS = [
+    "exp_manager.create_checkpoint_callback=true",
+    "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true",
+    "trainer.dpo.max_steps=3",
+    "trainer.dpo.val_check_interval=1",
+]
+NOTHING = "step 0, 0 reference log-probs"
+
+
+def stopped(inputs: Inputs, log_dir: Path, *probes: str) -> Run:
+    """A run under these probes, in a folder of data of its own."""
+    arguments = [*inputs.arguments(), *OPTIONS, f"model.data.cache_dir={log_dir / 'data'}"]
+    return run_cli(arguments, log_dir, check=False, patches=[f"{PROBES}:{probe}" for probe in probes])
+
+
+def asked_for(run: Run) -> str | None:
+    """What the batch script finds."""
+    path = run.log_dir / "requeue"
+    return path.read_text().strip() if path.exists() else None
+
+
+@pytest.mark.parametrize(
+    ("moment", "where", "step"),
+    [
+        ("while_tokenising", "while the data were prepared", None),
+        ("while_building", "before the first step of this start", None),
+        ("while_validating", "after step 1 of 3", 1),
+        ("in_the_first_step", "after step 1 of 3", 1),
+    ],
+)
+def test_what_is_to_be_requeued_leaves_a_file(
+    inputs: Inputs, whole: Run, tmp_path: Path, moment: str, where: str, step: int | None
+) -> None:
+    run = stopped(inputs, tmp_path, "can_be_requeued", moment)
+    assert run.status == 0, run.output
+    assert f"ended {where} (SIGUSR1); start again to resume" in run.output
+    assert asked_for(run) == (f"step {step}, 0 reference log-probs" if step else NOTHING)
+    if step:
+        assert saved_steps(tmp_path) == [step]
+    assert not list((tmp_path / "data").glob("*.tmp-*")), "half a file of tokens"
+    again = stopped(inputs, tmp_path, "never_asked")
+    assert figures(again) == figures(whole)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that is not asked."""
+    return stopped(inputs, tmp_path_factory.mktemp("whole"), "can_be_requeued")
+
+
+def test_a_run_that_ends_by_itself_leaves_no_file(whole: Run) -> None:
+    assert whole.status == 0
+    assert asked_for(whole) is None
+
+
+def test_a_request_during_the_export_comes_too_late(inputs: Inputs, tmp_path: Path) -> None:
+    run = stopped(inputs, tmp_path, "of_a_slurm_job", "while_exporting")
+    assert run.status == 0, run.output
+    assert asked_for(run) is None
+    assert (tmp_path / "checkpoints" / "megatron_gpt.nemo").is_file()
+
+
+@pytest.mark.parametrize(
+    ("moment", "asked"),
+    [("once_more_while_saving", "step 1, 0 reference log-probs"), ("terminated_while_saving", None)],
+)
+def test_more_signals_during_the_save_do_no_harm(
+    inputs: Inputs, tmp_path: Path, moment: str, asked: str | None
+) -> None:
+    """But what is cancelled while it saves for a requeue does not ask for one."""
+    run = stopped(inputs, tmp_path, "can_be_requeued", moment)
+    assert run.status == 0, run.output
+    assert saved_steps(tmp_path) == [1]
+    assert asked_for(run) == asked
+
+
+def test_a_terminated_slurm_job_saves_and_waits(inputs: Inputs, tmp_path: Path) -> None:
+    """It is still there for Slurm to end, and ends at once then; it does not ask for a requeue."""
+    run = stopped(inputs, tmp_path, "of_a_slurm_job", "terminated_in_the_first_step")
+    assert "waiting for Slurm to end or requeue the job" in run.output
+    assert run.status == -signal.SIGTERM
+    assert saved_steps(tmp_path) == [1]
+    assert asked_for(run) is None
+
+
+def test_a_terminated_process_without_slurm_saves_and_ends(inputs: Inputs, tmp_path: Path) -> None:
+    run = stopped(inputs, tmp_path, "can_be_requeued", "terminated_in_the_first_step")
+    assert run.status == 0, run.output
+    assert saved_steps(tmp_path) == [1]
+    assert asked_for(run) is None
+
+
+def test_signals_from_the_first_moment_to_the_last(inputs: Inputs, tmp_path: Path) -> None:
+    """A new process under a shell as in slurm/common.sh, ten times a second: no moment at which SIGUSR1 kills."""
+    arguments = [*inputs.arguments(), *OPTIONS, "exp_manager.explicit_log_dir=log"]
+    shell = ["bash", "-c", 'trap "" USR1; touch ready; exec "$@"', "_"]
+    process = start([*shell, sys.executable, SCRIPT, *arguments], tmp_path)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+    while process.poll() is None:
+        process.send_signal(signal.SIGUSR1)
+        try:
+            process.wait(0.1)
+        except subprocess.TimeoutExpired:
+            continue
+    run = ended(process)
+    assert run.status == 0, run.output
+    assert "(SIGUSR1); start again to resume" in run.output
