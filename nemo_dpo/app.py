@@ -84,6 +84,7 @@ def _run(job: Callable[[Config, Path, Groups], None], cfg: Config) -> int:
         except Stopped as stopped:
             stop, progress = stopped.stop, on_rank_zero(lambda: _progress(cfg, log_dir))
             logger.warning("ended %s (%s); start again to resume", stopped.where, stop.reason)
+        on_rank_zero(run_log.close_wandb)
     if stop:
         leave(stop, progress)
     return 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import logging
 import os
 import secrets
 import subprocess
@@ -23,6 +25,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from nemo_dpo.config import Config, ConfigError, to_yaml
 from nemo_dpo.config.exp_manager import ExpManagerConfig, nemo_options
 from nemo_dpo.parallel.collective import on_rank_zero
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "lightning", "transformers", "transformer-engine", "nemo_dpo")
 METRICS_FILE = "metrics.jsonl"
@@ -136,6 +140,32 @@ def _wandb_id(log_dir: Path) -> str:
         log_dir.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4))
     return path.read_text().strip()
+
+
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """To every logger. One whose service has ended is left out from then on: a run does not end for it.
+
+    A signal from Slurm reaches all processes of a job, and SIGTERM ends the one of Weights & Biases at once.
+    """
+    for target in list(trainer.loggers):
+        try:
+            target.log_metrics(dict(metrics), step)
+        except ConnectionError as error:
+            trainer.loggers = [other for other in trainer.loggers if other is not target]
+            logger.warning(
+                "%s: %s; it has no figures from step %d on, %s has all",
+                type(target).__name__,
+                error,
+                step,
+                METRICS_FILE,
+            )
+
+
+def close_wandb() -> None:
+    """Let Weights & Biases write what it holds back: ranks may end without Python's exit handlers."""
+    if "wandb" in sys.modules:
+        with contextlib.suppress(ConnectionError):  # said when it was logged to
+            sys.modules["wandb"].finish()
 
 
 class JsonlLogger(Logger):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 from nemo_dpo.training.leave import REQUEUE_FILE
@@ -63,6 +65,20 @@ def terminated_in_the_first_step() -> None:
     from nemo_dpo.training.module import PreferenceModule
 
     _signal_at(PreferenceModule, "training_step", signal.SIGTERM)
+
+
+def terminated_with_all_children() -> None:
+    """As by Slurm, whose signals reach wandb's own process, too."""
+    from nemo_dpo.training.module import PreferenceModule
+
+    def step(train: Any, *args: Any) -> Any:
+        numbers = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        for pid in (*map(int, numbers), os.getpid()):
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.5)  # until it has ended
+        return train(*args)
+
+    wrap(PreferenceModule, "training_step", step)
 
 
 def once_more_while_saving() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.cli.conftest import Inputs
 from tests.cli.launch_support import SCRIPT, ended, start
 from tests.cli.test_resume import figures, saved_steps
 from tests.support.cli import Run, run_cli
+from tests.support.offline_wandb import wandb_steps
 
 PROBES = "tests.cli.stop_probes"
 OPTIONS = [
@@ -27,9 +29,9 @@ OPTIONS = [
 NOTHING = "step 0, 0 reference log-probs"
 
 
-def stopped(inputs: Inputs, log_dir: Path, *probes: str) -> Run:
+def stopped(inputs: Inputs, log_dir: Path, *probes: str, options: Sequence[str] = ()) -> Run:
     """A run under these probes, in a folder of data of its own."""
-    arguments = [*inputs.arguments(), *OPTIONS, f"model.data.cache_dir={log_dir / 'data'}"]
+    arguments = [*inputs.arguments(), *OPTIONS, *options, f"model.data.cache_dir={log_dir / 'data'}"]
     return run_cli(arguments, log_dir, check=False, patches=[f"{PROBES}:{probe}" for probe in probes])
 
 
@@ -108,6 +110,27 @@ def test_a_terminated_process_without_slurm_saves_and_ends(inputs: Inputs, tmp_p
     assert run.status == 0, run.output
     assert saved_steps(tmp_path) == [1]
     assert asked_for(run) is None
+
+
+WANDB = ["exp_manager.create_wandb_logger=true", "++exp_manager.wandb_logger_kwargs.offline=true"]
+
+
+def test_the_end_of_wandb_keeps_no_run_from_saving(inputs: Inputs, tmp_path: Path) -> None:
+    run = stopped(inputs, tmp_path, "can_be_requeued", "terminated_with_all_children", options=WANDB)
+    assert run.status == 0, run.output
+    assert run.output.count("WandbLogger: Connection lost; it has no figures from step 0 on") == 1, run.output
+    assert saved_steps(tmp_path) == [1]
+    assert run.series("train", "loss"), "metrics.jsonl has them"
+
+
+def test_wandb_gets_every_step_once(inputs: Inputs, tmp_path: Path) -> None:
+    """Of ranks that are forked, too, which end without Python's exit handlers."""
+    options = [*WANDB, "trainer.devices=2"]
+    first = stopped(inputs, tmp_path, "can_be_requeued", "in_the_first_step", options=options)
+    assert asked_for(first) == "step 1, 0 reference log-probs", first.output
+    assert wandb_steps(tmp_path) == (1, [0])
+    stopped(inputs, tmp_path, "never_asked", options=options)
+    assert wandb_steps(tmp_path) == (1, [0, 1, 2])
 
 
 def test_signals_from_the_first_moment_to_the_last(inputs: Inputs, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from tests.cli.launch_support import QUICK, ROOT, Inputs
 from tests.cli.test_resume import figures
 from tests.cluster.batch import Run, finished
 from tests.support import cli
+from tests.support.offline_wandb import wandb_steps
 from tests.support.slurm import Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -76,30 +77,9 @@ def test_requeued_by_itself_when_its_time_is_nearly_over(slurm: Cluster, run: Ru
     finished(slurm, job, run)
     check_whole(run, whole)
     assert int(slurm.fact(job, "Restarts")) == STOPS
-    assert wandb_steps(run) == (1, list(range(STEPS)))
+    assert wandb_steps(run.results) == (1, list(range(STEPS)))
     assert run.log.read_text().count("asking for a requeue") == STOPS
     assert not list(run.results.glob("requeue*"))
-
-
-def wandb_steps(run: Run) -> tuple[int, list[int]]:
-    """How many runs Weights & Biases would have of the offline folders, and the training steps in them, in order."""
-    folders = sorted(run.results.glob("logs/wandb/offline-run-*"))
-    ids = {folder.name.rpartition("-")[2] for folder in folders}
-    return len(ids), [step for folder in folders for step in _steps(next(folder.glob("*.wandb")))]
-
-
-def _steps(file: Path) -> Iterator[int]:
-    from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
-
-    store = DataStore()
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = Record()
-        record.ParseFromString(data)
-        row = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-        if "train/loss" in row:
-            yield int(row["trainer/global_step"])
 
 
 def test_requeued_by_slurm_when_it_is_preempted(slurm: Cluster, run: Run, whole: cli.Run) -> None:
@@ -114,25 +94,21 @@ def test_requeued_by_slurm_when_it_is_preempted(slurm: Cluster, run: Run, whole:
     said = run.said()
     assert said.count("waiting for Slurm to end or requeue the job") == STOPS, said
     assert "asking for a requeue" not in said
-    runs, steps = wandb_steps(run)
+    runs, steps = wandb_steps(run.results)
     assert runs == 1
     # SIGTERM ends wandb's own process, too, and with it what that has not written yet.
     assert set(steps) <= set(range(STEPS)) and len(set(steps)) == len(steps)
 
 
 def test_requeued_at_the_time_limit(slurm: Cluster, run: Run, whole: cli.Run) -> None:
-    """Slurm itself sends the signal: every 30 s, here to jobs with less than 80 s of their two minutes left."""
-    endless = [*ARGUMENTS, "trainer.dpo.max_epochs=1000"]
-    job = run.submit(slurm, "train_gpt_dpo.sbatch", endless, ["--time=2", "--signal=USR1@80"])
-    slurm.wait(job, until=restarts(slurm, job, 1))
-    slurm.run("scancel", job)
-    slurm.wait(job)
-    step = newest_checkpoint(run)
-    assert step > 0, run.said()
-    # The rest in a job with time enough; no fewer steps than are done.
-    if step < STEPS:
-        finished(slurm, run.submit(slurm, "train_gpt_dpo.sbatch", ARGUMENTS), run)
-        check_whole(run, whole)
+    """Slurm itself sends it: it looks every 30 s, here for jobs with less than 90 s of their two minutes left."""
+    slow = [*ARGUMENTS, "trainer.dpo.val_check_interval=1"]
+    options = ["--time=2", "--signal=USR1@90"]
+    job = run.submit(slurm, "train_gpt_dpo.sbatch", slow, options, REQUEUE_LIMIT="20")
+    finished(slurm, job, run, seconds=1200)
+    assert figures(cli.Run(0, "", run.results))["train"] == figures(whole)["train"]
+    assert int(slurm.fact(job, "Restarts")) >= 1, "the run was over before the signal; make it longer"
+    assert "(SIGUSR1)" in run.said()
 
 
 def test_a_run_that_limits_itself_is_requeued(slurm: Cluster, run: Run, whole: cli.Run) -> None:
