@@ -96,9 +96,14 @@ class GgufWeights(Mapping[str, Tensor]):
         from gguf import dequantize
 
         stored = self._tensors[name]
-        tensor = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+        try:
+            tensor = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+        except (NotImplementedError, ValueError) as error:
+            raise CheckpointError(f"{self.file}: {stored.name} cannot be expanded ({error})") from error
         heads = self._field(HEADS)
         rows = {"attn_q": heads, "attn_k": self.fields.get(GROUPS, heads)}.get(_kind(stored.name))
+        if rows and (tensor.dim() != 2 or tensor.shape[0] % (2 * rows)):
+            raise CheckpointError(f"{self.file}: {stored.name} has shape {list(tensor.shape)}, not for {rows} heads")
         return _rotary_halves(tensor, rows) if rows else tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -129,12 +134,12 @@ class GgufWeights(Mapping[str, Tensor]):
         Raises:
             CheckpointError: a key is missing.
         """
-        heads = self._field(HEADS)
+        heads, tokens = self._field(HEADS), self._field("tokenizer.ggml.tokens")
         epsilon = self._field("llama.attention.layer_norm_rms_epsilon")
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": len(self._field("tokenizer.ggml.tokens")),
+            "vocab_size": len(tokens) if isinstance(tokens, list) else tokens,
             "hidden_size": self._field("llama.embedding_length"),
             "intermediate_size": self._field("llama.feed_forward_length"),
             "num_hidden_layers": self._field("llama.block_count"),

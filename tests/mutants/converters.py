@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutation import Mutation
 
 COMPARE = "nemo_dpo/convert/compare.py"
+VERIFY_CODE = "nemo_dpo/convert/verify.py"
 VERIFY = "tests/convert/test_verify.py::"
 MEMORY = "tests/convert/test_memory.py::"
 
@@ -64,6 +65,64 @@ TOOL_MUTATIONS = (
         "            check_same(nemo, open_hf(target), dtype)\n",
         "            pass\n",
         f"{VERIFY}test_an_export_that_is_written_wrong_is_noticed",
+    ),
+    Mutation(
+        "a merge is not read again",
+        "nemo_dpo/convert/merge.py",
+        "check=check if verify else None",
+        "check=None",
+        "tests/convert/test_adapters_peft.py::test_a_merge_that_is_written_wrong_is_noticed",
+    ),
+    Mutation(
+        "what was not to be written passes",
+        COMPARE,
+        "        if left:\n",
+        "        if False:\n",
+        "tests/convert/test_to_mcore.py::test_what_is_written_wrong_is_noticed[float32]",
+    ),
+    Mutation(
+        "a tokenizer's files are not looked at",
+        "nemo_dpo/tokenizer/load.py",
+        "            check_whole(file)\n",
+        "            pass\n",
+        "tests/tokenizer/test_hf_files.py::test_a_file_that_is_cut_off_is_not_passed_on"
+        "[SentencePiece beside a tokenizer.json]",
+    ),
+    Mutation(
+        "special tokens of another number are the same",
+        "nemo_dpo/tokenizer/compare.py",
+        "    if moved:\n",
+        "    if False:\n",
+        "tests/tokenizer/test_hf_files.py::test_what_no_plain_text_shows[an added token]",
+    ),
+    Mutation(
+        "a damaged tokenizer is none",
+        VERIFY_CODE,
+        "return not damaged, missing",
+        "return True, missing",
+        "tests/tokenizer/test_hf_files.py::test_a_file_that_is_cut_off_is_not_passed_on[tokenizer.json]",
+    ),
+    Mutation(
+        "GGUF: query and key rows left as llama.cpp has them",
+        "nemo_dpo/convert/gguf_file.py",
+        "return _rotary_halves(tensor, rows) if rows else tensor",
+        "return tensor",
+        "tests/convert/test_gguf.py::test_a_tiny_llama_comes_back_bit_for_bit[file]",
+    ),
+    Mutation(
+        "any number in a header is a size",
+        "nemo_dpo/convert/safetensors_file.py",
+        "type(number) is int and number >= 0",
+        "number >= 0",
+        "tests/convert/test_hostile_folders.py::test_refused_in_one_line_and_without_harm[shape of truths]",
+    ),
+    Mutation(
+        "a file older than torch 1.6 may claim any size",
+        "nemo_dpo/checkpoint/torch_file.py",
+        "argument > size:",
+        "argument > 2**80:",
+        "tests/convert/test_hostile_folders.py::test_refused_in_one_line_and_without_harm"
+        "[older file with a storage of 4 TB]",
     ),
     Mutation(
         "vocabulary exported one row off",
