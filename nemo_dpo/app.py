@@ -171,7 +171,7 @@ def _started(cfg: Config, log_dir: Path, groups: Groups, build: Build[E]) -> Ite
     with _extracted(Path(str(cfg.pretrained_checkpoint.restore_from_path))) as folder:
         model_config = archive.read_model_config(folder)
         check_metadata_pickle(folder / archive.MODEL_WEIGHTS)  # said before the data is prepared
-        tokenizer = load_tokenizer(model_config["tokenizer"], folder)
+        tokenizer = load_tokenizer(model_config.get("tokenizer") or {}, folder)
         model_config["vocab_size"] = stated_vocab_size(model_config) or tokenizer.vocab_size
         check_export(cfg, model_config)
         data = PairData.prepare(cfg, model_config, tokenizer, log_dir, groups, between_chunks=stop_rank_zero)

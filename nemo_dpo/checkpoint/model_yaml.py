@@ -16,13 +16,18 @@ from nemo_dpo.checkpoint import CheckpointError
 
 MODEL_CONFIG = "model_config.yaml"
 MAX_VALUES = 1_000_000
-SECTIONS = ("tokenizer", "huggingface", "peft")
+SECTIONS = ("tokenizer", "peft", "huggingface", "huggingface.config", "huggingface.generation_config")
+PLAIN = (str, int, float, bool, type(None))
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-5` as text; OmegaConf, which wrote most of these files, reads a number."""
+    """YAML 1.1 reads `1e-5` as text, `2024-01-01` as a date; OmegaConf, which wrote most files, does neither."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -42,7 +47,8 @@ def parse_config(raw: bytes, path: Path) -> dict[str, Any]:
     """
     try:
         config = yaml.load(raw, Loader=_Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
+        # Explicit tags in front of other values, such as `!!bool x`, are a KeyError of PyYAML's.
         raise CheckpointError(f"{path}: {MODEL_CONFIG} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: {MODEL_CONFIG} is a {type(config).__name__}, expected a mapping of keys")
@@ -55,9 +61,29 @@ def parse_config(raw: bytes, path: Path) -> dict[str, Any]:
     if values > MAX_VALUES:
         raise CheckpointError(f"{path}: {MODEL_CONFIG} expands to {values} values, limit {MAX_VALUES}; not trusted")
     for name in SECTIONS:
-        if not isinstance(filled.get(name) or {}, dict):
-            raise CheckpointError(f"{path}: {MODEL_CONFIG}: {name} is {filled[name]!r}, expected a mapping of keys")
+        _check_section(filled, name.split("."), path)
     return dict(filled)
+
+
+def _check_section(value: Any, keys: list[str], path: Path) -> None:
+    """Refuse, at the end of `keys`, what is neither null nor a mapping of texts to anything, however deep."""
+    for key in keys:
+        value = {} if value.get(key) is None else value[key]
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {MODEL_CONFIG}: {'.'.join(keys)} is {value!r:.80}, expected a mapping of keys")
+    if (other := _other_key(value, set())) is not None:
+        raise CheckpointError(f"{path}: {MODEL_CONFIG}: {'.'.join(keys)} has the key {other!r:.80}, expected text")
+
+
+def _other_key(value: Any, known: set[int]) -> Any:
+    """A key in `value` that is no text, None if there is none; each object is visited once."""
+    if not isinstance(value, dict | list) or id(value) in known:
+        return None
+    known.add(id(value))
+    if isinstance(value, dict) and (others := [key for key in value if not isinstance(key, str)]):
+        return others[0]
+    inside = (_other_key(entry, known) for entry in (value.values() if isinstance(value, dict) else value))
+    return next((key for key in inside if key is not None), None)
 
 
 def _filled(value: Any, parents: tuple[Any, ...], root: dict[str, Any], known: dict[int, Any]) -> Any:
@@ -100,8 +126,13 @@ def _followed(
 
 
 def _count(value: Any, known: dict[int, int]) -> int:
-    """Values in `value` with every alias written out; each object is visited once. A loop is a ValueError."""
+    """Values in `value` with every alias written out; each object is visited once.
+
+    A loop is a ValueError, and so is what only explicit tags make: a date, a set, bytes.
+    """
     if not isinstance(value, dict | list):
+        if not isinstance(value, PLAIN):
+            raise ValueError(f"{value!r:.80} is a {type(value).__name__}, which no configuration has")
         return 1
     if id(value) not in known:
         known[id(value)] = -1  # being counted

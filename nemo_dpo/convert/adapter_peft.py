@@ -177,7 +177,7 @@ class Names:
         self._dims = dims_of(completed({**config, "vocab_size": 1}))  # no adapter depends on the vocabulary
         rules = {
             rule.nemo.removesuffix(".weight").rpartition(".")[2]: rule
-            for rule in family_of_nemo(config).table(config).rules
+            for rule in family_of_nemo(config).table(completed({**config, "vocab_size": 1})).rules
         }
         self._rules: dict[str, Rule] = {linear: rules[linear] for linear in self.dimensions.linears()}
         self._linears = self.dimensions.linears()

@@ -7,7 +7,6 @@ model_config.yaml, so that an export gives the same one; where both speak of the
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 from nemo_dpo.checkpoint import CheckpointError
 from nemo_dpo.convert.rope import LLAMAS_ROPE, RopeKeys, rope_from_hf, rope_from_nemo, rope_to_hf, rope_to_nemo
 from nemo_dpo.convert.rules import Dims, Table
-from nemo_dpo.model.architecture import DERIVED, TRAINING_ONLY, Architecture, completed, padded_vocab_size
+from nemo_dpo.model.architecture import DERIVED, KINDS, TRAINING_ONLY, Architecture, completed, padded_vocab_size
+from nemo_dpo.model.kinds import SHARE, SWITCH, TEXTS, WHOLE, Kind, misfit
 
 Config = dict[str, Any]
-LARGEST = 10**15  # no quantity of a model is above it
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 # The layout that a written model_config.yaml names: weights fit any.
 ONE_RANK = {
@@ -102,39 +101,31 @@ def dims_of(config: Config) -> Dims:
     )
 
 
+def _kinds(family: Family) -> dict[str, Kind]:
+    """Which kind of value each key of config.json holds that the family reads, but for those of `required` and RoPE."""
+    by_default = {bool: SWITCH, float: SHARE, int: WHOLE, type(None): WHOLE}
+    return {
+        **{key.hf: KINDS[key.nemo] for key in family.keys},
+        **{name: by_default[type(value)] for name, value in family.defaults.items()},
+        "layer_types": TEXTS,
+    }
+
+
 def complete_hf(family: Family, hf: Config) -> Config:
-    """config.json with the defaults of Hugging Face's config class filled in."""
+    """config.json with the defaults of Hugging Face's config class filled in.
+
+    Raises:
+        CheckpointError: a value is of another kind than its key holds.
+    """
+    if wrong := misfit(hf, _kinds(family)):
+        raise CheckpointError(f"config.json: {wrong}")
     nullable = {*family.defaults, *(key.hf for key in family.keys if key.nemo in DERIVED)}
     given = {name: value for name, value in hf.items() if value is not None or name in nullable}
     only = {name: values[0] for name, values in family.required.items()}
     defaults = {**{key.hf: key.default for key in family.keys}, **family.defaults}
-    _check_values(given, defaults)
     full = {**defaults, **only, **given}
     nemo = _mapped(family, full)
     return {**full, **{key.hf: nemo[key.nemo] for key in family.keys}}
-
-
-def _check_values(given: Config, defaults: Mapping[str, Any]) -> None:
-    """Refuse values that are not of the kind of their defaults; see `Key`.
-
-    Raises:
-        CheckpointError: the first one.
-    """
-    for name, default in defaults.items():
-        value = given.get(name)
-        if value is None:
-            continue
-        if isinstance(default, bool):
-            right, expected = isinstance(value, bool), "true or false"
-        elif isinstance(default, float):
-            right, expected = type(value) in (int, float) and 0 <= value <= LARGEST, "a number of at least 0"
-        else:
-            right, expected = type(value) is int and 1 <= value <= LARGEST, "a whole number of at least 1"
-        if not right:
-            raise CheckpointError(f"config.json: {name}={reprlib.repr(value)} is not {expected}")
-    kinds = given.get("layer_types")
-    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
-        raise CheckpointError(f"config.json: layer_types={reprlib.repr(kinds)} is no list of texts")
 
 
 def _mapped(family: Family, full: Config) -> Config:
@@ -155,7 +146,7 @@ def to_model_config(family: Family, hf: Config, template: Config) -> Config:
     for name, values in family.required.items():
         if full[name] not in values:
             known = " or ".join(map(repr, values))
-            raise CheckpointError(f"config.json: {name}={reprlib.repr(full[name])} is not supported, only {known}")
+            raise CheckpointError(f"config.json: {name}={full[name]!r:.80} is not supported, only {known}")
     mapped = _mapped(family, full)
     heads, groups = mapped["num_attention_heads"], mapped["num_query_groups"]
     if heads % groups:

@@ -28,7 +28,7 @@ from nemo_dpo.convert.hf import HfWeights, read_json
 from nemo_dpo.convert.old_nemo import open_modern
 from nemo_dpo.convert.rules import Dims, Table
 from nemo_dpo.convert.safetensors_file import Entry
-from nemo_dpo.model.architecture import completed, stated_vocab_size
+from nemo_dpo.model.architecture import Architecture, completed, stated_vocab_size
 from nemo_dpo.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG = "config.json"
@@ -222,6 +222,7 @@ def open_nemo(path: Path, scratch: Path | None = None, families: Collection[str]
     """
     with archive.open_parts(path, scratch, open_modern) as (folder, stored):
         config = archive.read_model_config(folder)
+        Architecture.parse(config, tokenizer_vocab_size=1)  # names what is wrong with it, before anything is made of it
         section = config.get("tokenizer") or {}
         config["vocab_size"] = stated_vocab_size(config) or load_tokenizer(section, folder).vocab_size
         yield Nemo(path, folder, family_of_nemo(config, families), config, read_weights(stored))

@@ -8,13 +8,12 @@ those of Llama 3.1 itself where that is missing).
 
 from __future__ import annotations
 
-import math
-import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_dpo.checkpoint import CheckpointError
-from nemo_dpo.model.architecture import LLAMA3_SCALING
+from nemo_dpo.model.architecture import LLAMA3_SCALING, ROPE_SCALING_KINDS
+from nemo_dpo.model.kinds import PART, POSITIVE, Kind, misfit
 
 DEFAULT_BASE = 10000.0
 
@@ -57,39 +56,37 @@ class Rope:
 
 def rope_from_hf(hf: dict[str, Any], keys: RopeKeys) -> Rope:
     """Read either form of config.json; refuses scalings that megatron-core has not, and a percentage out of place."""
+    key = keys.percent or "partial_rotary_factor"
+    _check(hf, {keys.base: POSITIVE, key: PART})
     given = {**_section(hf, "rope_scaling"), **_section(hf, "rope_parameters")}
+    _check(given, {**ROPE_SCALING_KINDS, "rope_theta": POSITIVE, "partial_rotary_factor": PART})
     base = given.get("rope_theta") or hf.get(keys.base) or keys.default_base
     kind = given.get("rope_type") or given.get("type") or "default"
-    key = keys.percent or "partial_rotary_factor"
     percent = given.get("partial_rotary_factor") or hf.get(key) or keys.default_percent
-    _check_numbers({keys.base: base, key: percent})
     if keys.percent is None and percent != 1.0:
         raise CheckpointError("config.json: partial_rotary_factor other than 1 is not supported for this family")
-    needed = {"default": (), "linear": ("factor",), "llama3": tuple(LLAMA3_SCALING)}.get(str(kind))
+    needed = {"default": (), "linear": ("factor",), "llama3": tuple(LLAMA3_SCALING)}.get(kind)
     if needed is None:
         raise CheckpointError(
-            f"config.json: RoPE scaling '{reprlib.repr(kind)[1:-1]}' is not supported, only default, linear and llama3"
+            f"config.json: RoPE scaling '{kind:.80}' is not supported, only default, linear and llama3"
         )
     missing = [name for name in needed if name not in given]
     if missing:
         raise CheckpointError(f"config.json: RoPE scaling '{kind}' lacks {', '.join(missing)}")
-    numbers = {name: given[name] for name in needed}
-    _check_numbers(numbers)
-    return Rope(base, percent, kind, numbers)
+    return Rope(base, percent, kind, {name: given[name] for name in needed})
 
 
 def _section(hf: dict[str, Any], name: str) -> dict[str, Any]:
     """The description of RoPE under `name`; nothing if there is none."""
     section = hf.get(name) or {}
     if not isinstance(section, dict) or any(isinstance(value, dict) for value in section.values()):
-        raise CheckpointError(f"config.json: {name}={reprlib.repr(section)} is not one description for all layers")
+        raise CheckpointError(f"config.json: {name}={section!r:.80} is not one description for all layers")
     return section
 
 
-def _check_numbers(numbers: dict[str, Any]) -> None:
-    for name, value in numbers.items():
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise CheckpointError(f"config.json: {name}={reprlib.repr(value)} of RoPE is no number above 0")
+def _check(values: dict[str, Any], kinds: dict[str, Kind]) -> None:
+    if wrong := misfit(values, kinds):
+        raise CheckpointError(f"config.json: {wrong}")
 
 
 def rope_to_nemo(rope: Rope) -> dict[str, Any]:

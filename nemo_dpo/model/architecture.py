@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_dpo.lora.spec import Dimensions
+from nemo_dpo.model.kinds import COUNT, MAPPING, PART, POSITIVE, REAL, SHARE, SWITCH, TEXT, WHOLE, Kind, misfit
 
 # NeMo's `activation` → (megatron-core activation, gated linear unit)
 ACTIVATIONS = {
@@ -131,7 +132,7 @@ COMPUTED: Mapping[str, tuple[object, ...]] = {
 
 REMEDIES = {"mcore_gpt": " (tools/convert/convert_gpt_nemo_to_mcore.py converts it)"}
 
-# Keys that hold numbers where they hold anything; 0 of a whole one means what null does.
+# Keys by the kind of value that they hold where they hold anything.
 WHOLE_NUMBERS = (
     "num_layers",
     "hidden_size",
@@ -144,18 +145,45 @@ WHOLE_NUMBERS = (
     "max_position_embeddings",
     "encoder_seq_length",
     "make_vocab_size_divisible_by",
-    "num_moe_experts",
     "moe_router_topk",
+    "activations_checkpoint_num_layers",
 )
-REAL_NUMBERS = (
-    "layernorm_epsilon",
-    "rotary_base",
-    "rotary_percentage",
-    "seq_len_interpolation_factor",
-    "hidden_dropout",
-    "attention_dropout",
-    "moe_aux_loss_coeff",
+REAL_NUMBERS = ("layernorm_epsilon", "init_method_std", "moe_aux_loss_coeff")
+SWITCHES = (
+    "bias",
+    "qkv_bias",
+    "bias_activation_fusion",
+    "openai_gelu",
+    "share_embeddings_and_output_weights",
+    "scale_positional_embedding",
+    "rotary_interleaved",
+    "layernorm_zero_centered_gamma",
+    "qk_layernorm",
+    "apply_embedding_scaling",
 )
+CHOICES = (
+    "name",
+    "normalization",
+    "activation",
+    "position_embedding_type",
+    "activations_checkpoint_granularity",
+    "activations_checkpoint_method",
+    "moe_router_load_balancing_type",
+)
+KINDS: Mapping[str, Kind] = {
+    **dict.fromkeys(WHOLE_NUMBERS, WHOLE),
+    **dict.fromkeys(REAL_NUMBERS, REAL),
+    **dict.fromkeys(SWITCHES, SWITCH),
+    **dict.fromkeys(CHOICES, TEXT),
+    "rotary_base": POSITIVE,
+    "seq_len_interpolation_factor": POSITIVE,
+    "rotary_percentage": PART,
+    "hidden_dropout": SHARE,
+    "attention_dropout": SHARE,
+    "rope_scaling": MAPPING,
+    "num_moe_experts": COUNT,  # 0, as null: none
+}
+ROPE_SCALING_KINDS: Mapping[str, Kind] = {"rope_type": TEXT, "type": TEXT, **dict.fromkeys(LLAMA3_SCALING, POSITIVE)}
 
 
 # Fields of `Architecture` that change training, not what the model computes.
@@ -184,6 +212,7 @@ class RopeScaling:
         Raises:
             ArchitectureError: any other kind, or numbers that megatron-core does not compute with.
         """
+        _check_kinds(entry, ROPE_SCALING_KINDS, "rope_scaling.")
         kind = entry.get("rope_type", entry.get("type"))
         if kind != "llama3":
             raise ArchitectureError(f"model_config.yaml: rope_scaling of type {kind!r} is not supported; known: llama3")
@@ -245,7 +274,7 @@ class Architecture:
         Raises:
             ArchitectureError: a key is missing or asks for what this model code cannot express.
         """
-        _check_numbers(config)
+        _check_kinds(config, KINDS)
         vocab_size = stated_vocab_size(config) or tokenizer_vocab_size or 0
         missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if not config.get(key)]
         if not vocab_size:
@@ -255,7 +284,11 @@ class Architecture:
         if missing:
             raise ArchitectureError(f"model_config.yaml lacks {', '.join(missing)}; is this an mcore .nemo checkpoint?")
         config = completed(config)
+        _check_kinds(config, KINDS)  # what the formulas make of the rest
         _refuse_other_models(config)
+        heads, groups = config["num_attention_heads"], config["num_query_groups"]
+        if heads % groups:
+            raise ArchitectureError(f"model_config.yaml: num_attention_heads={heads} is no multiple of {groups} groups")
         normalization = _known(config, "normalization", NORMALIZATIONS)
         activation, gated = activation_of(config)
         bias = bool(config["bias"])
@@ -320,12 +353,9 @@ def stated_vocab_size(config: Mapping[str, Any]) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
-def _check_numbers(config: Mapping[str, Any]) -> None:
-    """Refuse what is no number, or below zero, where the sizes of tensors come from."""
-    for key in (*WHOLE_NUMBERS, *REAL_NUMBERS):
-        value, kinds = config.get(key), (int,) if key in WHOLE_NUMBERS else (int, float)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or not value >= 0):
-            raise ArchitectureError(f"model_config.yaml: {key}={value!r} is no number of 0 or more")
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Kind], section: str = "") -> None:
+    if wrong := misfit(values, kinds):
+        raise ArchitectureError(f"model_config.yaml: {section}{wrong}")
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,7 +387,7 @@ def _window(size: Any) -> int | None:
             return None
         case [int(before), 0] if before >= 0:
             return before
-    raise ArchitectureError(f"model_config.yaml: window_size={size!r} is not supported; known: [-1, 0] and [n, 0]")
+    raise ArchitectureError(f"model_config.yaml: window_size={size!r:.80} is not supported; known: [-1, 0] and [n, 0]")
 
 
 def _refuse_other_models(config: Mapping[str, Any]) -> None:
@@ -366,7 +396,7 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
         if value is not None and value not in known:
             texts = ", ".join(map(str, known)) or "null"
             raise ArchitectureError(
-                f"model_config.yaml: {key}={value!r} is not supported; known: {texts}{REMEDIES.get(key, '')}"
+                f"model_config.yaml: {key}={value!r:.80} is not supported; known: {texts}{REMEDIES.get(key, '')}"
             )
 
 
@@ -397,5 +427,5 @@ def _check_experts(config: Mapping[str, Any], experts: int, chosen: int) -> None
 def _known(config: Mapping[str, Any], key: str, known: Any) -> str:
     value = config[key]
     if value not in known:
-        raise ArchitectureError(f"model_config.yaml: {key}={value!r} is not supported; known: {', '.join(known)}")
+        raise ArchitectureError(f"model_config.yaml: {key}={value!r:.80} is not supported; known: {', '.join(known)}")
     return str(value)

@@ -33,6 +33,7 @@ from nemo_dpo.tokenizer.hf_files import (
 )
 
 ARTEFACT = "nemo:"
+NAME_MAX, PATH_MAX = 255, 4095  # of Linux; asking for longer ones is another error than that they are missing
 # NeMo's library and type (None: any) → the form of its files; Hugging Face's own is not among them.
 FORMS: dict[tuple[Any, Any], str] = {
     ("huggingface", "gpt2"): "gpt2",
@@ -41,6 +42,7 @@ FORMS: dict[tuple[Any, Any], str] = {
     ("sentencepiece", None): "sentencepiece",
     ("tiktoken", None): "tiktoken",
 }
+TEXTS = ("library", "type", "model", "vocab_file", "merge_file")
 FILE_KEYS = {"gpt2": ("vocab_file", "merge_file"), "sentencepiece": ("model",), "tiktoken": ("vocab_file",)}
 USER_DEFINED = 4  # SentencePiece's number of a kind of piece
 ROLES = ("bos", "eos", "pad", "unk")
@@ -221,6 +223,9 @@ def load_tokenizer(config: Mapping[str, Any], folder: Path) -> Tokenizer:
 
 def form_of(config: Mapping[str, Any]) -> str:
     """Which of FILE_KEYS, or `huggingface`."""
+    wrong = [key for key in TEXTS if not isinstance(config.get(key), str | None)]
+    if wrong:
+        raise TokenizerError(f"model_config.yaml: tokenizer.{wrong[0]}={config[wrong[0]]!r:.80} is no text")
     library, kind = config.get("library"), config.get("type")
     if library == "huggingface" and not (config.get("vocab_file") or config.get("merge_file")):
         return "huggingface"
@@ -274,7 +279,10 @@ def _needed(config: Mapping[str, Any], key: str) -> str:
     value = config.get(key)
     if not value:
         raise TokenizerError(f"model_config.yaml: tokenizer.{key} is empty, but tokenizer.library needs it")
-    return str(value)
+    text = str(value)
+    if "\0" in text or len(text) > PATH_MAX or max(map(len, text.removeprefix(ARTEFACT).split("/"))) > NAME_MAX:
+        raise TokenizerError(f"model_config.yaml: tokenizer.{key}={text!r:.80} is no name of a file")
+    return text
 
 
 def _user_defined(processor: Any) -> frozenset[str]:

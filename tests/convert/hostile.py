@@ -99,11 +99,24 @@ def spoil(damage: Callable[[Path], object], mode: str = "w") -> Make:
 
 
 def config(**changes: Any) -> Make:
+    return edited(lambda stored: stored.update(changes))
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> Make:
+    """model_config.yaml changed."""
+
     def damage(folder: Path) -> None:
         file = folder / "model_config.yaml"
-        file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}))
+        stored = yaml.safe_load(file.read_text())
+        change(stored)
+        file.write_text(yaml.safe_dump(stored))
 
     return spoil(damage)
+
+
+def hf_config(**changes: Any) -> Make:
+    """The config.json that model_config.yaml keeps, changed."""
+    return edited(lambda stored: stored["huggingface"]["config"].update(changes))
 
 
 def config_text(text: str | bytes) -> Make:
@@ -316,7 +329,12 @@ CONFIGS: dict[str, Entry] = {
     "not UTF-8": (config_text(b"\xff\xfe\x00"), "not valid YAML"),
     "a list": (config_text("- a"), "is a list"),
     "a Python object": (config_text("a: !!python/object/apply:os.system [true]"), "not valid YAML"),
-    "an impossible date": (config_text("a: 2001-99-99"), "not valid YAML"),
+    "an impossible date": (config_text("a: !!timestamp 2001-99-99"), "not valid YAML"),
+    "a date that is none": (config_text("a: !!timestamp x"), "not valid YAML"),
+    "a truth that is none": (config_text("a: !!bool x"), "not valid YAML"),
+    "a number that is none": (config_text("a: !!int ''"), "not valid YAML"),
+    "bytes": (config_text("a: !!binary AAAA"), "is a bytes"),
+    "a set": (config_text("a: !!set {x}"), "is a set"),
     "a number of 5000 digits": (config_text("a: " + "9" * 5000), "not valid YAML"),
     "nested without end": (config_text("a: " + "[" * 500), "not valid YAML"),
     "aliases that multiply": (config_text(laughs(40, "a{n}: &a{n} [*a{last}, *a{last}]")), "expands to"),
@@ -330,6 +348,31 @@ CONFIGS: dict[str, Entry] = {
     "a width in words": (config(hidden_size="wide"), "hidden_size"),
     "an epsilon in words": (config(layernorm_epsilon="small"), "layernorm_epsilon"),
     "a tokenizer that is a text": (config(tokenizer="gpt2"), "tokenizer is 'gpt2'"),
+    "no query groups": (config(num_query_groups=0), "num_query_groups=0 is no whole number"),
+    "heads in groups of unequal size": (config(num_query_groups=4), "is no multiple of 4"),
+    "more heads than channels": (config(num_attention_heads=720, num_query_groups=1, kv_channels=None), "kv_channels=0"),
+    "a vocabulary divisible by nothing": (config(make_vocab_size_divisible_by=0), "make_vocab_size_divisible_by=0"),
+    "an infinite epsilon": (config(layernorm_epsilon=float("inf")), "layernorm_epsilon=inf"),
+    "a scaling in words": (config(rope_scaling="llama3"), "rope_scaling='llama3' is no mapping"),
+    "a factor in words": (config(rope_scaling={"rope_type": "llama3", "factor": "x"}), "rope_scaling.factor='x'"),
+    "several activations": (config(activation=["gelu"]), "activation=.* is no text"),
+    "a bias in words": (config(bias="no"), "bias='no' is no true or false"),
+    "a window in words": (config(window_size="x"), "window_size='x'"),
+    "several tokenizers": (config(tokenizer={"library": ["huggingface"]}), "tokenizer.library=.* is no text"),
+    "a tokenizer of no name": (config(tokenizer={"library": "sentencepiece", "model": "\0"}), "no name of a file"),
+    "a tokenizer of too long a name": (
+        config(tokenizer={"library": "sentencepiece", "model": "nemo:" + "n" * 300}), "no name of a file"),
+    "a config.json that is a list": (config(huggingface={"config": ["llama"]}), "huggingface.config is"),
+    "a config.json that is nothing": (config(huggingface={"config": 0}), "huggingface.config is 0"),
+    "a config.json that is a text": (config(huggingface={"config": "llama"}), "huggingface.config is"),
+    "a generation_config.json that is a list": (
+        config(huggingface={"generation_config": [1]}), "huggingface.generation_config is"),
+    "a config.json with numbers for keys": (hf_config(id2label={0: "a"}), "has the key 0, expected text"),
+    "several model types": (hf_config(model_type=[]), r"model_type=\[\] is not supported"),
+    "a number of layer types": (hf_config(layer_types=3), "layer_types=3 is no list"),
+    "layers of config.json in words": (hf_config(num_hidden_layers="x"), "num_hidden_layers='x' is no whole number"),
+    "RoPE of config.json in words": (hf_config(rope_parameters="default"), "rope_parameters='default' is no mapping"),
+    "several kinds of RoPE": (hf_config(rope_parameters={"rope_type": ["linear"]}), "rope_type=.* is no text"),
     "10^12 layers": (config(num_layers=10**12), "1000000000000"),
     "a SentencePiece model of anything": (
         artefact(b"\x0a\xff" * 500, library="sentencepiece", model="nemo:t"), "no SentencePiece model"),

@@ -186,7 +186,7 @@ def test_gelu_of_gpt_neox(hidden_act: str) -> None:
     from transformers import GPTNeoXConfig
 
     family = FAMILIES["gpt_neox"]
-    config = to_model_config(family, GPTNeoXConfig(**{**PLAIN, "hidden_act": hidden_act}).to_dict(), {})
+    config = to_model_config(family, GPTNeoXConfig(**{**copy.deepcopy(PLAIN), "hidden_act": hidden_act}).to_dict(), {})
     assert to_hf_config(family, config)["hidden_act"] == hidden_act
     del config["bias_activation_fusion"]
     assert to_hf_config(family, config)["hidden_act"] == "gelu_fast"

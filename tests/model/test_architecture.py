@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 import pytest
 
-from nemo_dpo.model.architecture import COMPUTED, Architecture, ArchitectureError, RopeScaling
+from nemo_dpo.model.architecture import COMPUTED, KINDS, Architecture, ArchitectureError, RopeScaling
 
 LEAST: dict[str, Any] = {
     "num_layers": 2,
@@ -263,6 +264,34 @@ def test_vocabulary_padding(vocabulary: int, multiple: int, tp: int, rows: int) 
 def test_refusals(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ArchitectureError, match=message):
         parse(**changes)
+
+
+# One of each kind that YAML knows, and numbers at the edge.
+WRONG: tuple[Any, ...] = (
+    [], {}, "x", "", 0, -1, 10**30, 1e30, float("nan"), float("inf"), True, False, date(2020, 1, 1), b"x", [[1]],
+    {"a": {"b": [None]}}, [1, 2, 3], {1: 2},
+)  # fmt: skip
+KEYS = (*KINDS, *COMPUTED, "window_size")
+
+
+@pytest.mark.parametrize("key", dict.fromkeys(KEYS))
+def test_any_value_of_any_key_is_taken_or_refused_by_name(key: str) -> None:
+    refused = 0
+    for value in WRONG:
+        try:
+            parse(**{key: value}).padded_vocab_size(3)
+        except ArchitectureError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 500
+            assert key in str(error) or "num_attention_heads" in str(error) or "kv_channels" in str(error)
+    assert refused >= 10
+
+
+@pytest.mark.parametrize("key", LLAMA3)
+def test_any_value_within_rope_scaling(key: str) -> None:
+    for value in WRONG[:4]:
+        with pytest.raises(ArchitectureError, match=f"rope_scaling.*{'type' if 'type' in key else key}"):
+            parse(rope_scaling={**LLAMA3, key: value})
 
 
 def test_a_refusal_is_a_value_error() -> None:
