@@ -36,7 +36,7 @@ from nemo_dpo.convert.families.common import (
     WORDS,
 )
 from nemo_dpo.convert.family import ONE_RANK, Config, dims_of
-from nemo_dpo.convert.legacy import LAYER, Join, LegacyWeights
+from nemo_dpo.convert.legacy import LAYER, Join, LegacyWeights, rank_files
 from nemo_dpo.convert.rules import Copy, Dims, GatedMlp, Param, Rule, Table
 from nemo_dpo.model.architecture import Architecture, completed, stated_vocab_size
 from nemo_dpo.tokenizer import load_tokenizer
@@ -237,6 +237,7 @@ def _converted(config: Config, prefix: str, folder: Path) -> tuple[Config, Itera
     vocab_size = stated_vocab_size(config) or load_tokenizer(config.get("tokenizer") or {}, folder).vocab_size
     modern = modern_config(config, vocab_size) if prefix == OLD else {**config, **ONE_RANK, "vocab_size": vocab_size}
     arch = Architecture.parse(modern)
+    _check_interleaved(config, folder)
     table, joins = table_of(completed(config), prefix)
     weights = LegacyWeights(folder, joins)
     _check_ranks(config, weights, folder)
@@ -247,6 +248,23 @@ def _converted(config: Config, prefix: str, folder: Path) -> tuple[Config, Itera
     sizes = {field.name: getattr(dims_of(modern), field.name) for field in fields(Dims)}
     dims = SourceDims(**{**sizes, "padded_vocab": rows, "positions": arch.max_position_embeddings})
     return modern, engine.to_chunks(table, dims, weights, None)
+
+
+def _check_interleaved(config: Config, folder: Path) -> None:
+    """Refuse stages whose layers may be interleaved, as those of a virtual pipeline are.
+
+    NeMo writes the chunks of a virtual pipeline into its training checkpoints alone, as dictionaries `model0`, `model1`
+    … (`MegatronGPTModel.on_save_checkpoint`). A `.nemo` gets the model's own `state_dict` (`NLPSaveRestoreConnector`),
+    in which a list of chunks has no parameters: so there is no such `.nemo` of NeMo's to tell the order from.
+    """
+    chunks, stages = config.get("virtual_pipeline_model_parallel_size"), len(rank_files(folder))
+    if chunks not in (None, 1) and stages > 1:
+        raise CheckpointError(
+            f"{folder}: virtual_pipeline_model_parallel_size is {chunks!r:.80} with files of {stages} stages; in which "
+            "order their layers are is unknown, for NeMo itself puts no weights of a virtual pipeline into a .nemo. "
+            "Load the training checkpoint with NeMo and save it without; or, if each stage holds the layers that "
+            "follow those of the stage before, write null in model_config.yaml"
+        )
 
 
 def _check_ranks(config: Config, weights: LegacyWeights, folder: Path) -> None:

@@ -350,10 +350,7 @@ CONFIGS: dict[str, Entry] = {
     "a tokenizer that is a text": (config(tokenizer="gpt2"), "tokenizer is 'gpt2'"),
     "no query groups": (config(num_query_groups=0), "num_query_groups=0 is no whole number"),
     "heads in groups of unequal size": (config(num_query_groups=4), "is no multiple of 4"),
-    "more heads than channels": (
-        config(num_attention_heads=720, num_query_groups=1, kv_channels=None),
-        "kv_channels=0",
-    ),
+    "more heads than channels": (config(num_attention_heads=720, num_query_groups=1, kv_channels=None), "channels=0"),
     "a vocabulary divisible by nothing": (config(make_vocab_size_divisible_by=0), "make_vocab_size_divisible_by=0"),
     "an infinite epsilon": (config(layernorm_epsilon=float("inf")), "layernorm_epsilon=inf"),
     "a scaling in words": (config(rope_scaling="llama3"), "rope_scaling='llama3' is no mapping"),

@@ -262,6 +262,39 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, damage: Callable[[
     assert {entry.name for entry in tmp_path.iterdir()} == {"old"}
 
 
+def interleaved(folder: Path) -> None:
+    """As a training checkpoint has the chunks of a virtual pipeline of 2 × 2: layers 0 and 2, 1 and 3, from 0 each."""
+    for stage in range(2):
+        file = folder / f"tp_rank_00_pp_rank_00{stage}" / "model_weights.ckpt"
+        tensors = torch.load(file)
+        torch.save({"model0": tensors, "model1": tensors}, file)
+
+
+@pytest.mark.parametrize("prefix", ["NeMo 1.x", "megatron-core"])
+@pytest.mark.parametrize("change", [lambda folder: None, interleaved])
+def test_stages_of_a_virtual_pipeline_are_refused(
+    tmp_path: Path, change: Callable[[Path], object], prefix: str
+) -> None:
+    """NeMo writes no such `.nemo`: what the order of the layers in one is, nothing says."""
+    old = write(random_model("gpt3"), tmp_path / "old", 1, 2)
+    edit(old, virtual_pipeline_model_parallel_size=2, mcore_gpt=prefix == "megatron-core")
+    change(old)
+    with pytest.raises(
+        CheckpointError, match="virtual_pipeline_model_parallel_size is 2 with files of 2 stages"
+    ) as caught:
+        nemo_to_mcore(old, tmp_path / "new.nemo")
+    assert "\n" not in str(caught.value) and {entry.name for entry in tmp_path.iterdir()} == {"old"}
+
+
+@pytest.mark.parametrize(("pp", "chunks"), [(1, 2), (2, 1), (2, None)])
+def test_a_virtual_pipeline_that_is_none(tmp_path: Path, pp: int, chunks: int | None) -> None:
+    """One stage, or one chunk a stage: the layers follow each other."""
+    old = write(random_model("gpt3"), tmp_path / "old", 1, pp)
+    edit(old, virtual_pipeline_model_parallel_size=chunks)
+    nemo_to_mcore(old, tmp_path / "new.nemo")
+    assert archive.read_model_config(tmp_path / "new.nemo")["virtual_pipeline_model_parallel_size"] is None
+
+
 def test_a_tied_copy_on_the_last_stage_must_be_one(tmp_path: Path) -> None:
     old = write(random_model("gpt3"), tmp_path / "old", 1, 2)
     state(old, lambda s: s["model.word_embeddings.weight"][5, 5].add_(1), "tp_rank_00_pp_rank_001")
