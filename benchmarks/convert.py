@@ -190,8 +190,11 @@ def shape(size: int) -> dict[str, int]:
     }
 
 
-def write_checkpoint(folder: Path, size: int) -> None:
-    """A random Llama of about `size` bytes as a Hugging Face folder, in shards, one tensor in memory at a time."""
+def write_checkpoint(folder: Path, size: int, experts: int = 0) -> None:
+    """A random Llama of about `size` bytes as a Hugging Face folder, in shards, one tensor in memory at a time.
+
+    With `experts` a Mixtral, whose MLP is cut into so many.
+    """
     folder.mkdir(parents=True)
     config = {
         **shape(size),
@@ -203,6 +206,9 @@ def write_checkpoint(folder: Path, size: int) -> None:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
+    if experts:
+        config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": experts}
+        config["intermediate_size"] //= experts
     write_json(folder / "config.json", config)
     entries = parameters(config)
     write_safetensors(folder, entries, random_tensors(entries))
@@ -220,10 +226,14 @@ def parameters(config: dict[str, Any]) -> list[Entry]:
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, q),
         "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
     }
+    if experts := config.get("num_local_experts"):
+        moe = "block_sparse_moe"
+        matrices = {"w1": (ffn, hidden), "w2": (hidden, ffn), "w3": (ffn, hidden)}
+        layer |= {f"{moe}.experts.{n}.{name}": value for n in range(experts) for name, value in matrices.items()}
+        layer |= {f"{moe}.gate": (experts, hidden)}
+    else:
+        layer |= {"mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn)}
     vocab = (config["vocab_size"], hidden)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": vocab}
     for number in range(config["num_hidden_layers"]):

@@ -32,6 +32,7 @@ from nemo_dpo.model.architecture import TRAINING_ONLY, Architecture, stated_voca
 from nemo_dpo.parallel import cpu_host
 from nemo_dpo.parallel.collective import agree, on_rank_zero
 from nemo_dpo.parallel.engine import Engine, Evaluator
+from nemo_dpo.parallel.experts import described
 from nemo_dpo.parallel.groups import Groups, Layout, initialize
 from nemo_dpo.reference.adapter import AdapterReference
 from nemo_dpo.reference.cached import CachedReference, fill
@@ -270,11 +271,11 @@ def cached_reference(cfg: Config, start: Start[E]) -> CachedReference:
 
 def _facts(cfg: Config, start: Start[Engine]) -> dict[str, Any]:
     """What a checkpoint records of its run, beside where it is."""
+    adapter = start.adapted.facts if start.adapted else {}
+    more = {**start.data.facts, **described(start.engine.routers), **adapter}
     return {
         "layout": sharded.layout_of(start.engine),
-        "fixed": fixed_facts(
-            cfg, start.weights, {**start.data.facts, **(start.adapted.facts if start.adapted else {})}
-        ),
+        "fixed": fixed_facts(cfg, start.weights, more),
         "steering": steering(cfg, start.data.max_steps),
     }
 

@@ -144,6 +144,11 @@ def modernised(folder: Path) -> tuple[Config, Iterator[Chunk]]:
     """
     config = archive.read_model_config(folder)
     weights = folder / archive.MODEL_WEIGHTS
+    if config.get("num_moe_experts"):
+        raise CheckpointError(
+            f"{folder}: holds a model with experts (num_moe_experts={config['num_moe_experts']}); of those only "
+            "megatron-core's distributed checkpoints of kind torch_dist are read, which need no conversion"
+        )
     if not weights.is_dir():
         return _converted(config, NEW if config.get("mcore_gpt") else OLD, folder)
     stored = read_weights(weights)

@@ -144,6 +144,7 @@ class Engine(Evaluator):
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         if self.routers:
+            self._pairs = sum(batch.num_pairs for batch in micro_batches)
             self._tokens = weigh(self.routers, micro_batches, self.groups)
         return self._run(self._ddp, micro_batches, step, forward_only=False)
 
@@ -176,6 +177,11 @@ class Engine(Evaluator):
         return norm
 
     def _divide_by_weight(self, chunks: list[Any], _tokens: Tensor, **groups: Any) -> None:
+        if self.routers and self.groups.is_last_stage() and float(self._weight) != self._pairs:
+            raise ValueError(
+                f"the objective weighs {self._pairs} pairs as {float(self._weight)}; beside the routers' auxiliary "
+                "loss every pair must weigh 1"
+            )
         finalize_model_grads(chunks, self._weight, **groups)
 
     def sharded_weights(self, prefix: str = "") -> dict[str, Any]:

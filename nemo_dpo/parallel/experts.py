@@ -98,10 +98,19 @@ def routers(chunks: Iterable[nn.Module]) -> list[Router]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
 
 
+def described(found: Sequence[Router]) -> dict[str, str]:
+    """What a resume must find unchanged: the auxiliary loss is part of what a run minimises."""
+    if not found:
+        return {}
+    config = found[0].config
+    return {"the routers' auxiliary loss": f"{config.moe_aux_loss_coeff} × {config.moe_router_load_balancing_type}"}
+
+
 def weigh(found: Sequence[Router], micro_batches: Sequence[Counted], groups: Groups) -> float:
     """Set what a token weighs in this step: pairs / tokens, of the global batch. Collective over the dp ranks.
 
-    The gradients are divided by the weight of the objective, which is the number of pairs.
+    The gradients are divided by the weight of the objective, which must be the number of pairs: it is known only when
+    all micro-batches are through, and gradients of both losses are in one sum by then. `Engine` refuses another.
 
     Returns:
         Tokens of the global batch, padding left out.

@@ -74,7 +74,7 @@ def mixtral(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return replace(inputs, nemo=folder / "model.nemo")
 
 
-def run(inputs: Inputs, log_dir: Path, training: str, name: str, *more: str) -> Run:
+def run(inputs: Inputs, log_dir: Path, training: str, name: str, *more: str, check: bool = True) -> Run:
     case = CASES[name]
     return run_cli(
         [
@@ -88,6 +88,7 @@ def run(inputs: Inputs, log_dir: Path, training: str, name: str, *more: str) -> 
             *more,
         ],
         log_dir,
+        check=check,
     )
 
 
@@ -159,6 +160,25 @@ def test_the_auxiliary_loss_is_trained_and_off_at_zero(train: Train, mixtral: In
     assert "load_balancing_loss" in with_it.rows("train")[0] and "load_balancing_loss" not in without.rows("train")[0]
 
 
+def test_experts_are_clipped_too(mixtral: Inputs, tmp_path: Path) -> None:
+    """The norm is 12 or so, the limit 1: a first step of plain SGD is as long as the learning rate."""
+    words = ["trainer.dpo.gradient_clip_val=1", "model.optim.weight_decay=0", "trainer.dpo.max_steps=1"]
+    done = run(mixtral, tmp_path / "clipped", "SGD", "EP 2", *words)
+    assert done.series("train", "grad_norm")[0] > 5
+    squares = sum(float(change.square().sum()) for change in update(done, "SGD", mixtral.nemo).values())
+    # Weights of size 0.2 in fp32 hold a change of 1e-3 spread over 200,000 of them to about 1e-3 of its length.
+    assert math.sqrt(squares) == pytest.approx(0.001, rel=0.01)
+
+
+def test_bf16_starts_where_the_reference_is(train: Train, mixtral: Inputs, tmp_path: Path) -> None:
+    """Policy and reference choose the same experts, to the bit; the gradient is fp32's within bf16's 8 bits."""
+    done = run(mixtral, tmp_path / "bf16", "SGD", "EP 2", "trainer.precision=bf16", "trainer.dpo.max_steps=1")
+    exact = train("SGD", REFERENCE)
+    assert done.series("train", "loss") == pytest.approx([math.log(2)], rel=2e-7)
+    for metric in ("grad_norm", "load_balancing_loss"):
+        assert done.series("train", metric)[0] == pytest.approx(exact.series("train", metric)[0], rel=0.05)
+
+
 def test_a_cached_reference_under_expert_parallelism(train: Train, mixtral: Inputs, tmp_path: Path) -> None:
     """Every rank of an expert group takes part in every pass of the others."""
     cached = run(mixtral, tmp_path / "cached", "SGD", "EP 2", "model.dpo.reference.kind=cached")
@@ -172,6 +192,8 @@ def test_a_run_goes_on_under_another_layout(
     """Moments of experts and of all else; two steps before the resume, two behind it."""
     saving = ["exp_manager.create_checkpoint_callback=true", "trainer.dpo.save_interval=2"]
     run(mixtral, tmp_path / "run", "distributed Adam", first, *saving, "trainer.dpo.max_steps=2")
+    other = run(mixtral, tmp_path / "run", "distributed Adam", then, "model.moe_aux_loss_coeff=0.2", check=False)
+    assert other.status == 2 and "cannot resume: the routers' auxiliary loss was 0.3 × seq_aux_loss" in other.output
     done = run(mixtral, tmp_path / "run", "distributed Adam", then, *saving)
     assert "resuming from" in done.output
     expected = train("distributed Adam", REFERENCE)

@@ -13,12 +13,13 @@ import torch
 
 from nemo_dpo.checkpoint import CheckpointError, archive
 from nemo_dpo.convert import nemo_to_hf
-from nemo_dpo.convert.adapter_nemo import write_adapter
+from nemo_dpo.convert.adapter_nemo import dimensions_of, read_adapter, write_adapter
 from nemo_dpo.convert.adapter_peft import import_peft, nemo_to_peft, peft_to_nemo
 from nemo_dpo.convert.merge import merge_adapter
 from nemo_dpo.lora.spec import LoraSpec
 from tests.convert.adapter_cases import assert_same, random_adapter
 from tests.convert.test_adapters_peft import base_of, content, edit_config, hf_model, save_adapter
+from tests.model.expert_cases import MIXTRAL
 from tests.model.model_cases import CASES, Case, make_case
 
 # Case of tests/model → sets of target_modules; the last is part of a fused or of an ambiguous kind.
@@ -30,13 +31,15 @@ TARGETS: dict[str, list[Any]] = {
     "gemma": [["q_proj", "v_proj", "gate_proj"]],
     "starcoder2": ["all-linear", ["c_fc", "o_proj"]],
     "nemotron": ["all-linear", ["k_proj", "up_proj"]],
+    "mixtral": [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]],
 }
+MODELS = {**CASES, "mixtral": ("mixtral", MIXTRAL)}
 FUSED = {"gpt_neox": "query_key_value", "gpt2": "c_attn"}
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    return {name: make_case(tmp_path_factory.mktemp(name), *CASES[name]) for name in TARGETS}
+    return {name: make_case(tmp_path_factory.mktemp(name), *MODELS[name]) for name in TARGETS}
 
 
 @pytest.mark.parametrize(("name", "target"), [(name, target) for name in TARGETS for target in TARGETS[name]])
@@ -94,6 +97,19 @@ def test_an_adapter_of_ours_names_the_projections_that_it_is_on(cases: dict[str,
         nemo_to_peft(tmp_path / f"{number}.nemo", tmp_path / str(number))
         written = content(tmp_path / str(number))[0]
         assert written["target_modules"] == modules and written["fan_in_fan_out"] is True
+
+
+def test_adapters_of_experts_are_refused(cases: dict[str, Case], tmp_path: Path) -> None:
+    """Of PEFT, and of a `.nemo` whose base had an MLP of the same sizes."""
+    mixtral, dense = (archive.read_model_config(cases[name].nemo) for name in ("mixtral", "mistral_window"))
+    save_adapter(cases["mixtral"], tmp_path / "made", target_modules=["q_proj"])
+    edit_config(tmp_path / "made", target_modules=["w1"])
+    with pytest.raises(CheckpointError, match=r"names \['w1'\] of this base; adapters can be on \['k_proj', 'o_proj'"):
+        import_peft(tmp_path / "made", mixtral)
+    file = random_adapter(LoraSpec(("linear_qkv", "linear_fc2"), 4, 2.0, "nemo"), dense)
+    write_adapter(tmp_path / "dense.nemo", file, dense)
+    with pytest.raises(CheckpointError, match=r"'target_modules': .*'mlp_fc2'.*cannot be read for this base"):
+        read_adapter(tmp_path / "dense.nemo", dimensions_of(mixtral))
 
 
 def test_conv1d_may_be_said_or_left_unsaid(cases: dict[str, Case], tmp_path: Path) -> None:

@@ -37,9 +37,11 @@ def benchmark() -> ModuleType:
     return module
 
 
-def test_peak_of_both_directions(benchmark: ModuleType, tmp_path: Path) -> None:
-    benchmark.write_checkpoint(tmp_path / "tiny" / "hf", 2_000_000)
-    benchmark.write_checkpoint(tmp_path / "large" / "hf", 250_000_000)
+@pytest.mark.parametrize("experts", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_peak_of_both_directions(benchmark: ModuleType, tmp_path: Path, experts: int) -> None:
+    """With experts, which are stacked, one layer's of all of them are in memory."""
+    benchmark.write_checkpoint(tmp_path / "tiny" / "hf", 2_000_000, experts)
+    benchmark.write_checkpoint(tmp_path / "large" / "hf", 250_000_000, experts)
     entries, largest = benchmark.sizes(tmp_path / "large" / "hf")
     assert sum(entry.nbytes for entry in entries) > 3 * (2 * largest + CONSTANT)  # or nothing would be shown
     done = subprocess.run(

@@ -197,3 +197,13 @@ def test_an_adapter_is_no_older_model(good: Path, older: Path) -> None:
     (older / "model_config.yaml").write_text(yaml.safe_dump({**config, "peft": {"peft_scheme": "lora"}}))
     with pytest.raises(CheckpointError, match="holds an adapter"):
         nemo_to_mcore(older, older.parent / "new.nemo")
+
+
+def test_older_layouts_of_experts_are_refused(older: Path) -> None:
+    """Their norm has a name that is respelled where there is an MLP."""
+    torch.save({}, older / "model_weights.ckpt")
+    config = yaml.safe_load((older / "model_config.yaml").read_text())
+    (older / "model_config.yaml").write_text(yaml.safe_dump({**config, "num_moe_experts": 4}))
+    with pytest.raises(CheckpointError, match=r"holds a model with experts \(num_moe_experts=4\); of those only"):
+        nemo_to_mcore(older, older.parent / "new.nemo")
+    assert not (older.parent / "new.nemo").exists()

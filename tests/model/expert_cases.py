@@ -76,3 +76,22 @@ def step_of_rank(_rank: int, nemo: Path, layout: Any, kinds: tuple[str, ...], ou
             **figures,
         }
     return found
+
+
+def refusal_of_rank(_rank: int, nemo: Path, layout: Any) -> str:
+    """What the engine says to an objective in which every pair weighs 2."""
+    from nemo_dpo.parallel.response import forward_responses
+
+    engine = build(nemo, layout)
+
+    def step(iterator: Any, chunk: Any) -> Any:
+        weight = torch.tensor(2.0)
+        return forward_responses(
+            iterator, chunk, lambda batch, logps, _: (logps.sum(), weight * batch.num_pairs, logps.detach())
+        )
+
+    try:
+        engine.forward_backward(random_batches(SIZES), step)
+    except ValueError as error:
+        return str(error)
+    return "no refusal"

@@ -12,7 +12,16 @@ import torch
 
 from nemo_dpo.checkpoint.weights import read_weights
 from nemo_dpo.parallel.groups import Layout
-from tests.model.expert_cases import COEFFICIENT, EXPERTS, LENGTH, MIXTRAL, SIZES, balance, step_of_rank
+from tests.model.expert_cases import (
+    COEFFICIENT,
+    EXPERTS,
+    LENGTH,
+    MIXTRAL,
+    SIZES,
+    balance,
+    refusal_of_rank,
+    step_of_rank,
+)
 from tests.model.model_cases import Case, make_case, random_batches
 from tests.model.test_logits import TOLERANCE, hf_logits
 from tests.model.test_training_step import EMBEDDINGS, GRADIENT, Expected, by_hugging_face
@@ -119,3 +128,9 @@ def test_the_auxiliary_loss_matters(expected: dict[str, Expected]) -> None:
     router = "model.decoder.layers.mlp.router.weight"
     one, other = (expected[kind].gradients[router] for kind in KINDS)
     assert (one - other).norm() > 0.05 * one.norm()
+
+
+def test_an_objective_with_weights_of_its_own_is_refused(mixtral: Case, tmp_path: Path) -> None:
+    """The auxiliary loss would be divided by them."""
+    (said,) = run_ranks(1, refusal_of_rank, tmp_path, mixtral.nemo, Layout(1))
+    assert said.startswith("the objective weighs 4 pairs as 8.0; beside the routers' auxiliary loss")

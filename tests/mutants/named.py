@@ -9,6 +9,7 @@ from __future__ import annotations
 from tests.mutants.adapters import ADAPTER_MUTATIONS
 from tests.mutants.archives import ARCHIVE_MUTATIONS
 from tests.mutants.converters import TOOL_MUTATIONS
+from tests.mutants.experts import EXPERT_MUTATIONS
 from tests.mutants.families import FAMILY_MUTATIONS
 from tests.mutants.mutation import Mutation
 
@@ -344,8 +345,8 @@ SPINE_MUTATIONS = (
     Mutation(
         "shared-out parameters not marked: gradient norm of the first rank",
         "nemo_dpo/model/build.py",
-        "    _mark_partitioned(chunk)\n    return",
-        "    return",
+        "    _mark_partitioned(chunk)\n    mark_experts",
+        "    mark_experts",
         f"{ORACLE}test_gradient_norm[TP 2-gqa_tied]",
     ),
     Mutation(
@@ -358,8 +359,8 @@ SPINE_MUTATIONS = (
     Mutation(
         "clipped as if the norm were 1",
         ENGINE,
-        "clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip_grad, norm)",
-        "clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip_grad, 1.0)",
+        "clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, norm)",
+        "clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, 1.0)",
         CLIPPED,
     ),
     Mutation("never clipped", ENGINE, "if clip_grad > 0:", "if False:", CLIPPED),
@@ -465,6 +466,7 @@ MUTATIONS = (
     *LOGPROB_MUTATIONS,
     *CONVERTER_MUTATIONS,
     *FAMILY_MUTATIONS,
+    *EXPERT_MUTATIONS,
     *TOOL_MUTATIONS,
     *SPINE_MUTATIONS,
     *WAITING_AND_DRAWING_MUTATIONS,

@@ -33,10 +33,11 @@ Notes:
 * **GPT-NeoX** in parallel form has the layer `name: megatron_gpt_neox`, which NeMo does not know and so refuses.
 * **Gemma**'s norms keep the weights of the files, with `layernorm_zero_centered_gamma: true`; a `.nemo` of NeMo's own
   converter, which adds one to them, can be trained but not exported.
+* **Mixtral**'s experts train under expert parallelism; [experts.md](experts.md) says what goes with them.
 * **GPT-2** and **StarCoder2** were trained with dropout, and training takes it from the checkpoint:
   `model.hidden_dropout=0 model.attention_dropout=0` switches it off.
-* **Adapters** go to and from PEFT for every family. Where q, k and v are one projection (GPT-2, GPT-NeoX) PEFT has one
-  A for them: train with `model.peft.lora_tuning.variant=nemo`.
+* **Adapters** go to and from PEFT for every family, of Mixtral those of the attention. Where q, k and v are one
+  projection (GPT-2, GPT-NeoX) PEFT has one A for them: train with `model.peft.lora_tuning.variant=nemo`.
 """
 
 
