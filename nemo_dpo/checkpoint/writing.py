@@ -91,6 +91,7 @@ class Writing:
             on_rank_zero(partial(_check_room, folder.parent, sum(gather(_size(request)))))
             on_rank_zero(lambda: torch.save(common, self._into / COMMON_FILE))
             agree(lambda: self._write(request, background))
+            self._planner.writer.write_buckets = None  # copies, of which the fork has its own
         self.blocked = time.monotonic() - self._started
         """Seconds that training has waited for this checkpoint."""
 
