@@ -54,7 +54,7 @@ test-slow: $(stamp)  ## the long tests
 test-cluster: $(stamp)  ## batch scripts and preemption on a real Slurm cluster of this host's processes (root, Slurm)
 	$(bin)/python -m pytest -m cluster $(PYTEST)
 
-test-faults: $(stamp)  ## what goes wrong: kills in saves, full disks, moves from every layout to every other
+test-faults: $(stamp)  ## what goes wrong: ranks killed and hung, kills in saves, full disks, every layout to every other
 	$(bin)/python -m pytest -m faults $(PYTEST)
 
 test-image: $(stamp)  ## the container image on a plain base, built and run; as root, with buildah and mmdebstrap

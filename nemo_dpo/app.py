@@ -34,6 +34,7 @@ from nemo_dpo.parallel.collective import agree, on_rank_zero
 from nemo_dpo.parallel.engine import Engine, Evaluator
 from nemo_dpo.parallel.experts import described
 from nemo_dpo.parallel.groups import Groups, Layout, initialize
+from nemo_dpo.parallel.watch import MARGIN, Watch, watching
 from nemo_dpo.reference.adapter import AdapterReference
 from nemo_dpo.reference.cached import CachedReference, fill
 from nemo_dpo.reference.frozen import FrozenReference, Reference
@@ -74,14 +75,12 @@ def cache_reference(cfg: Config) -> int:
     return _run(_cache_reference, cfg)
 
 
-def _run(job: Callable[[Config, Path, Groups], None], cfg: Config) -> int:
+def _run(job: Callable[[Config, Path, Groups, Watch], None], cfg: Config) -> int:
     """`job` among the ranks, to its end or until it is asked to stop."""
     stop, progress = None, ""
-    with process_group(cfg) as groups:
-        _quieten_libraries()
-        log_dir = on_rank_zero(lambda: run_log.log_dir_of(cfg.exp_manager))  # it may ask the clock
+    with _ranks_at_work(cfg) as (groups, log_dir, watch):
         try:
-            job(cfg, log_dir, groups)
+            job(cfg, log_dir, groups, watch)
         except Stopped as stopped:
             stop, progress = stopped.stop, on_rank_zero(lambda: _progress(cfg, log_dir))
             logger.warning("ended %s (%s); start again to resume", stopped.where, stop.reason)
@@ -91,7 +90,17 @@ def _run(job: Callable[[Config, Path, Groups], None], cfg: Config) -> int:
     return 0
 
 
-def _train(cfg: Config, log_dir: Path, groups: Groups) -> None:
+@contextmanager
+def _ranks_at_work(cfg: Config) -> Iterator[tuple[Groups, Path, Watch]]:
+    """The ranks, their log folder, and a watch over them."""
+    with process_group(cfg) as groups:
+        _quieten_libraries()
+        log_dir = on_rank_zero(lambda: run_log.log_dir_of(cfg.exp_manager))  # it may ask the clock
+        with watching(cfg.trainer.distributed_timeout_minutes * 60, log_dir / "stacks") as watch:
+            yield groups, log_dir, watch
+
+
+def _train(cfg: Config, log_dir: Path, groups: Groups, watch: Watch) -> None:
     on_rank_zero(lambda: run_log.check_wandb(cfg.exp_manager))
     resume = checkpoint_to_resume(cfg.exp_manager, log_dir / "checkpoints")
     with _started(cfg, log_dir, groups, build_engine) as start:
@@ -101,7 +110,7 @@ def _train(cfg: Config, log_dir: Path, groups: Groups) -> None:
             needed = expected_bytes(start.engine, cfg.model.optim)
             on_rank_zero(partial(check_room, log_dir / "checkpoints", needed))
         reference = build_reference(cfg, start)
-        module, trainer, cadence = _build_trainer(cfg, start, reference, facts, first_step)
+        module, trainer, cadence = _build_trainer(cfg, start, reference, facts, first_step, watch)
         _stop_if_asked(start.limit, groups, "before the first step of this start")
         trainer.fit(module, data.train_loader(lambda: trainer.global_step), ckpt_path=str(resume) if resume else None)
         saved = cfg.exp_manager.create_checkpoint_callback
@@ -110,7 +119,7 @@ def _train(cfg: Config, log_dir: Path, groups: Groups) -> None:
         finish(cfg, log_dir, module, data, partial(_export, start))
 
 
-def _cache_reference(cfg: Config, log_dir: Path, groups: Groups) -> None:
+def _cache_reference(cfg: Config, log_dir: Path, groups: Groups, watch: Watch) -> None:
     with _started(cfg, log_dir, groups, build_evaluator) as start:
         cached_reference(cfg, start)
 
@@ -197,9 +206,10 @@ def process_group(cfg: Config) -> Iterator[Groups]:
     else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=datetime.timedelta(minutes=30))
+    timeout = datetime.timedelta(minutes=cfg.trainer.distributed_timeout_minutes) + MARGIN
+    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timeout)
     try:
-        yield initialize(layout_of(cfg, dist.get_world_size()), device, cfg.model.seed)
+        yield initialize(layout_of(cfg, dist.get_world_size()), device, cfg.model.seed, timeout)
     finally:
         dist.destroy_process_group()
 
@@ -289,7 +299,7 @@ def _step_to_resume(checkpoint: Path, start: Start[Engine], facts: Mapping[str, 
 
 
 def _build_trainer(
-    cfg: Config, start: Start[Engine], reference: Reference, facts: Mapping[str, Any], first_step: int
+    cfg: Config, start: Start[Engine], reference: Reference, facts: Mapping[str, Any], first_step: int, watch: Watch
 ) -> tuple[PreferenceModule, pl.Trainer, Cadence]:
     log_dir, engine, data = start.log_dir, start.engine, start.data
     module = PreferenceModule(
@@ -299,6 +309,7 @@ def _build_trainer(
         cfg.model.optim,
         clip_grad=cfg.trainer.dpo.gradient_clip_val,
         nonfinite=NonFinite(cfg.trainer.dpo, log_dir / nonfinite.FILE, data.source, engine.groups),
+        watch=watch,
         first_step=first_step,
         max_steps=data.max_steps,
     )

@@ -40,6 +40,7 @@ from nemo_dpo.config import (
 )
 from nemo_dpo.data import DataError
 from nemo_dpo.model.architecture import Architecture, ArchitectureError, completed
+from nemo_dpo.parallel import RankLost
 from nemo_dpo.parallel.processes import die_with
 from nemo_dpo.tokenizer import TokenizerError
 from nemo_dpo.training import signals
@@ -139,7 +140,7 @@ def _guarded(run: Callable[[], int], speaks: Callable[[str], bool] = _first_of_h
     """
     try:
         return run()
-    except SaveError as error:
+    except (SaveError, RankLost) as error:
         text, status = str(error), 1
     except REFUSALS as error:
         text, status = str(error), 2
@@ -151,7 +152,7 @@ def _guarded(run: Callable[[], int], speaks: Callable[[str], bool] = _first_of_h
         text, status = str(error), 1
     except signals.Interrupted:
         text, status = "interrupted; a new start goes on from the last checkpoint", 130
-    if speaks(text):
+    if text and speaks(text):
         _say(text)
     return status
 

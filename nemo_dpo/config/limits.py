@@ -46,6 +46,7 @@ LIMITS: dict[str, Limit] = {
     "trainer.accelerator": choice("auto", "cpu", "gpu"),
     "trainer.precision": choice("bf16", "bf16-mixed", "32", "32-true", "fp32"),
     "trainer.max_time": DURATION,
+    "trainer.distributed_timeout_minutes": POSITIVE,
     "trainer.log_every_n_steps": COUNT,
     "trainer.dpo.max_epochs": COUNT,
     "trainer.dpo.max_steps": Limit("must be -1 or at least 1", lambda value: value == -1 or value >= 1),

@@ -57,6 +57,9 @@ class TrainerConfig:
     """bf16 (also bf16-mixed): bf16 weights with fp32 master copies; 32 (also 32-true, fp32): all in fp32."""
     max_time: str | None = None
     """Wall-clock limit of one run, DD:HH:MM:SS; the run saves and ends."""
+    distributed_timeout_minutes: float = 30.0
+    """Longest time without progress in a step, and of a collective, before all ranks write their stacks to stacks/ in
+    the log folder and the run ends. Megatron-LM's name."""
     log_every_n_steps: int = 1
     """Steps between two entries of the loggers."""
     dpo: TrainerDpoConfig = field(default_factory=TrainerDpoConfig)

@@ -1,1 +1,5 @@
-"""Ranks: groups, the schedule, the optimizer and vocab-parallel log-probs."""
+"""Ranks: their groups, megatron-core's engine on them, and what becomes of a run when one of them stops."""
+
+
+class RankLost(RuntimeError):
+    """A collective cannot end because another rank has. An empty text: that has been said elsewhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 from dataclasses import dataclass
 
 import torch
@@ -83,14 +84,21 @@ class Groups:
         return tensor
 
 
-def initialize(layout: Layout, device: torch.device, seed: int) -> Groups:
-    """Make megatron-core's groups over the ranks of the default group and seed its generators."""
+def initialize(
+    layout: Layout, device: torch.device, seed: int, timeout: datetime.timedelta = datetime.timedelta(minutes=30)
+) -> Groups:
+    """Make megatron-core's groups over the ranks of the default group and seed its generators.
+
+    Args:
+        timeout: of the groups' collectives.
+    """
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
         expert_model_parallel_size=layout.ep,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,  # type: ignore[arg-type]
     )
     groups = Groups(layout, device, ProcessGroupCollection.use_mpu_process_groups())
     # Different dropout on every replica and stage; within a stage megatron-core's tracker tells the tp ranks apart.

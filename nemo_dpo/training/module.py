@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_dpo.config.schema import OptimConfig
-from nemo_dpo.data.batch import GlobalBatch
+from nemo_dpo.data.batch import GlobalBatch, MicroBatch
 from nemo_dpo.losses import Objective
 from nemo_dpo.metrics.preference import NUM_SUMS, SUMS, finalize
-from nemo_dpo.parallel.engine import Engine
+from nemo_dpo.parallel.engine import Engine, ForwardStep
+from nemo_dpo.parallel.watch import Watch
 from nemo_dpo.reference.frozen import Reference
 from nemo_dpo.training.data import Batches
 from nemo_dpo.training.lr import build_scheduler
@@ -44,6 +45,7 @@ class PreferenceModule(LightningModule):
         *,
         clip_grad: float,
         nonfinite: NonFinite,
+        watch: Watch,
         first_step: int,
         max_steps: int,
     ) -> None:
@@ -56,6 +58,7 @@ class PreferenceModule(LightningModule):
         self._optim = optim
         self._clip_grad = clip_grad
         self._nonfinite = nonfinite
+        self._watch = watch
         self._first_step = first_step
         self._max_steps = max_steps
         self.metrics: Metrics = {}
@@ -77,12 +80,15 @@ class PreferenceModule(LightningModule):
         Raises:
             FloatingPointError: loss or gradient norm is NaN or infinite, and the run is to stop (see `NonFinite`).
         """
+        with self._watch.over(f"step {self.trainer.global_step}"):
+            self._train(batch, self.trainer.global_step)
+
+    def _train(self, batch: GlobalBatch, step: int) -> None:
         start = time.perf_counter()
         handle, scheduler = self.optimizers().optimizer, self.lr_schedulers()
-        step = self.trainer.global_step
         rate = handle.param_groups[0]["lr"]
         references = self._reference.logps(batch)
-        outcomes = self.engine.forward_backward(batch.micro_batches, objective_step(self._objective, references))
+        outcomes = self.engine.forward_backward(batch.micro_batches, self._step(references))
         metrics, pairs, tokens = self._reduce([outcome.sums for outcome in outcomes], batch)
         self.optimizers().step(wanted=math.isfinite(metrics["loss"]))
         figures = {"loss": metrics["loss"], "grad_norm": handle.grad_norm}
@@ -103,14 +109,29 @@ class PreferenceModule(LightningModule):
 
     def evaluate(self, batches: Batches, references: list[list[Tensor]]) -> Metrics:
         """Metrics over all `batches`; the reference's log-probs are computed unless `references` holds them already."""
+        with self._watch.over(f"the evaluation of {batches.split}"):
+            return self._evaluate(batches, references)
+
+    def _evaluate(self, batches: Batches, references: list[list[Tensor]]) -> Metrics:
         sums: list[Tensor] = []
         for number in range(len(batches)):
+            self._watch.mark()
             on_device = batches[number].to(self.engine.groups.device)
             if number == len(references):
                 references.append(self._reference.logps(on_device))
-            step = objective_step(self._objective, references[number])
+            step = self._step(references[number])
             sums += [outcome.sums for outcome in self.engine.forward_only(on_device.micro_batches, step)]
         return self._reduce(sums)[0]
+
+    def _step(self, references: list[Tensor]) -> ForwardStep:
+        """The objective's forward step; each micro-batch is progress."""
+        step = objective_step(self._objective, references)
+
+        def marked(iterator: Iterator[MicroBatch], chunk: nn.Module) -> Any:
+            self._watch.mark()
+            return step(iterator, chunk)
+
+        return marked
 
     def _reduce(self, sums: list[Tensor], batch: GlobalBatch | None = None) -> tuple[Metrics, float, float]:
         """Metrics, pairs and unpadded tokens over all ranks, from the sums that the last stage collected."""

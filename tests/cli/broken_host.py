@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import tarfile
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from nemo_dpo import launch
 from nemo_dpo.checkpoint import folders, writing
 from nemo_dpo.data import DataError
+from nemo_dpo.parallel import watch
 
 
 def _die(*_: Any, **__: Any) -> None:
@@ -168,3 +170,39 @@ def half_a_torchrun() -> None:
     """A job system sets RANK and WORLD_SIZE but not LOCAL_RANK."""
     os.environ.update(RANK="0", WORLD_SIZE="2")
     os.environ.pop("LOCAL_RANK", None)
+
+
+def _in_second_step(rank: int, act: Callable[[], object]) -> None:
+    """`act` on one rank, where its second step begins."""
+    from nemo_dpo.training.module import PreferenceModule
+
+    step = PreferenceModule._train
+
+    def train(self: Any, batch: Any, number: int) -> None:
+        if number == 1 and os.environ["RANK"] == str(rank):
+            act()
+        step(self, batch, number)
+
+    PreferenceModule._train = train  # type: ignore[method-assign]
+    launch.GRACE_SECONDS = 1.0
+    answer_soon()
+
+
+def answer_soon() -> None:
+    """Ranks wait for each other's answers for two seconds only."""
+    watch.ANSWER_SECONDS = 2.0
+
+
+def stop_rank_one() -> None:
+    """Rank 1 is stopped, and not ended: its connections stay open."""
+    _in_second_step(1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def stop_rank_zero() -> None:
+    """Rank 0, which holds the store at which the ranks met, is stopped."""
+    _in_second_step(0, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def fall_asleep() -> None:
+    """Rank 1 hangs in a call of its own, as on a file system that does not answer."""
+    _in_second_step(1, lambda: time.sleep(600))

@@ -1,0 +1,38 @@
+"""What a rank says of the others, and which errors are those of a lost connection."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from nemo_dpo.parallel.watch import NAMED_RANKS, _one_line, _told, is_lost
+
+GLOO = RuntimeError(
+    "[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:4929. This is typical. GLHF!"
+)
+
+
+def test_who_does_not_answer_comes_first_then_the_fewest() -> None:
+    states = {0: "at a.py:1 (f)", 1: "at a.py:1 (f)", 3: "at b.py:2 (g)"}
+    assert _told(states, 5) == (
+        "ranks 2, 4 gave no answer: gone, or stopped; rank 3 at b.py:2 (g); ranks 0, 1 at a.py:1 (f)"
+    )
+    assert _told({0: "x"}, 1) == "rank 0 x"
+
+
+def test_many_ranks_are_counted() -> None:
+    world = NAMED_RANKS + 4
+    assert _told({0: "x"}, world) == f"ranks 1, 2, 3, 4, 5, 6, 7, 8 and {world - 9} more gave no answer: gone, or " + (
+        "stopped; rank 0 x"
+    )
+
+
+def test_errors_of_collectives_and_others() -> None:
+    assert is_lost(GLOO)
+    assert is_lost(dist.DistNetworkError("the client socket has failed to connect"))
+    assert not is_lost(RuntimeError("shape '[2]' is invalid for input of size 3"))
+    assert not is_lost(ValueError("Connection closed by peer"))
+
+
+def test_an_error_in_one_line() -> None:
+    assert _one_line(GLOO) == "Connection closed by peer [::1]:4929"
+    assert _one_line(RuntimeError("a\nb")) == "a b"
