@@ -7,6 +7,7 @@ from tests.mutants.mutation import Mutation
 COMPARE = "nemo_dpo/convert/compare.py"
 VERIFY_CODE = "nemo_dpo/convert/verify.py"
 VERIFY = "tests/convert/test_verify.py::"
+FOLDERS = "tests/convert/test_hostile_folders.py::test_refused_in_one_line_and_without_harm"
 MEMORY = "tests/convert/test_memory.py::"
 
 TOOL_MUTATIONS = (
@@ -110,19 +111,18 @@ TOOL_MUTATIONS = (
         "tests/convert/test_gguf.py::test_a_tiny_llama_comes_back_bit_for_bit[file]",
     ),
     Mutation(
-        "any number in a header is a size",
-        "nemo_dpo/convert/safetensors_file.py",
-        "type(number) is int and number >= 0",
-        "number >= 0",
-        "tests/convert/test_hostile_folders.py::test_refused_in_one_line_and_without_harm[shape of truths]",
+        "JSON may nest as deep as it likes",
+        "nemo_dpo/json_file.py",
+        "    if _deeper(value, MAX_DEPTH):\n",
+        "    if False:\n",
+        f"{FOLDERS}[config that nests 100 levels]",
     ),
     Mutation(
         "a file older than torch 1.6 may claim any size",
         "nemo_dpo/checkpoint/torch_file.py",
         "argument > size:",
         "argument > 2**80:",
-        "tests/convert/test_hostile_folders.py::test_refused_in_one_line_and_without_harm"
-        "[older file with a storage of 4 TB]",
+        f"{FOLDERS}[older file with a storage of 4 TB]",
     ),
     Mutation(
         "vocabulary exported one row off",
