@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nemo_dpo.checkpoint import CheckpointError, archive
 from nemo_dpo.checkpoint.torch_file import load_tensors
+from nemo_dpo.convert.family import ONE_RANK
 from nemo_dpo.convert.rules import interleave, separate
 from nemo_dpo.convert.run import temporary_folder
 from nemo_dpo.lora.file import AdapterFile, parts
@@ -30,11 +31,6 @@ from nemo_dpo.model.architecture import Architecture, ArchitectureError
 
 WEIGHTS_FILE = "model_weights.ckpt"
 OWN_SECTION = "nemo_dpo"  # of model_config.yaml: what NeMo has no place for
-ONE_RANK = {
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-}
 # linear layer → its block, NeMo's adapter of the whole layer, and what encloses NeMo's adapters of its parts
 NAMES = {
     "linear_qkv": ("self_attention", "lora_kqv_adapter", "lora_unfused_kqv_adapter"),

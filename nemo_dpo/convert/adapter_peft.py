@@ -173,11 +173,11 @@ class Names:
 
     def __init__(self, config: dict[str, Any]) -> None:
         """`config` is the model_config.yaml."""
-        self.dimensions = dimensions_of(config)
-        self._dims = dims_of(completed({**config, "vocab_size": 1}))  # no adapter depends on the vocabulary
+        config = {**config, "vocab_size": 1}  # no adapter depends on the vocabulary
+        self.dimensions = dims_of(config)
         rules = {
             rule.nemo.removesuffix(".weight").rpartition(".")[2]: rule
-            for rule in family_of_nemo(config).table(completed({**config, "vocab_size": 1})).rules
+            for rule in family_of_nemo(config).table(completed(config)).rules
         }
         self._rules: dict[str, Rule] = {linear: rules[linear] for linear in self.dimensions.linears()}
         self._linears = self.dimensions.linears()
@@ -215,7 +215,7 @@ class Names:
         if len(rows) == 1:
             return rows[0]
         linear = one.parts[0].linear
-        return self._rules[linear].unpack(interleave(rows, self._linears[linear].groups), self._dims)[0]
+        return self._rules[linear].unpack(interleave(rows, self._linears[linear].groups), self.dimensions)[0]
 
     def split(self, one: Projection, rows: Tensor) -> tuple[Tensor, ...]:
         """The inverse of `join`."""
@@ -224,7 +224,7 @@ class Names:
         name = one.parts[0].linear
         linear = self._linears[name]
         sizes = [linear.parts[part] for part in one.kind]
-        return separate(self._rules[name].pack([rows], self._dims), sizes, linear.groups)
+        return separate(self._rules[name].pack([rows], self.dimensions), sizes, linear.groups)
 
 
 def _adapted(file: AdapterFile, names: Names) -> list[Projection]:

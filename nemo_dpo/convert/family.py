@@ -14,11 +14,10 @@ from typing import Any
 from nemo_dpo.checkpoint import CheckpointError
 from nemo_dpo.convert.rope import LLAMAS_ROPE, RopeKeys, rope_from_hf, rope_from_nemo, rope_to_hf, rope_to_nemo
 from nemo_dpo.convert.rules import Dims, Table
-from nemo_dpo.model.architecture import DERIVED, KINDS, TRAINING_ONLY, Architecture, completed, padded_vocab_size
+from nemo_dpo.model.architecture import DERIVED, KINDS, TRAINING_ONLY, Architecture, completed
 from nemo_dpo.model.kinds import SHARE, SWITCH, TEXTS, WHOLE, Kind, misfit
 
 Config = dict[str, Any]
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 # The layout that a written model_config.yaml names: weights fit any.
 ONE_RANK = {
     "tensor_model_parallel_size": 1,
@@ -82,22 +81,13 @@ class Family:
 
 
 def dims_of(config: Config) -> Dims:
-    """The sizes that a model_config.yaml states; its nulls mean what NeMo takes them for."""
-    missing = [key for key in SIZES if not isinstance(config.get(key), int)]
-    if missing:
-        raise CheckpointError(f"model_config.yaml lacks {', '.join(missing)} (whole numbers); it is of no GPT model")
-    full = completed(config)
+    """The sizes of the model that a model_config.yaml describes; ArchitectureError if it describes none."""
+    arch = Architecture.parse(config)
     return Dims(
-        layers=full["num_layers"],
-        hidden=full["hidden_size"],
-        ffn=full["ffn_hidden_size"],
-        heads=full["num_attention_heads"],
-        groups=full["num_query_groups"],
-        head_dim=full["kv_channels"],
-        vocab=full["vocab_size"],
-        padded_vocab=padded_vocab_size(full["vocab_size"], full["make_vocab_size_divisible_by"]),
-        positions=full["max_position_embeddings"],
-        experts=full["num_moe_experts"] or 0,
+        **vars(arch.dimensions),
+        vocab=arch.vocab_size,
+        padded_vocab=arch.padded_vocab_size(tp_size=1),
+        positions=arch.max_position_embeddings,
     )
 
 

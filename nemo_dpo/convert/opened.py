@@ -210,7 +210,7 @@ def open_gguf(file: Path) -> GgufFile:
     hf = weights.hf_config()
     family = family_of_hf(hf)
     config = to_model_config(family, hf, {})
-    weights.check_rope(dims_of(config).head_dim)
+    weights.check_rope(dims_of(config).head_channels)
     return GgufFile(file, file.parent, family, config, weights)
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from nemo_dpo.lora.spec import Dimensions
+
 
 def interleave(parts: Sequence[Tensor], groups: int) -> Tensor:
     """Parts [rows, …] → one tensor: the first `groups`-th of each part, then the second of each, and so on."""
@@ -29,35 +31,27 @@ def separate(tensor: Tensor, rows: Sequence[int], groups: int) -> tuple[Tensor, 
     return tuple(part.reshape(-1, *rest) for part in parts)
 
 
-@dataclass(frozen=True)
-class Dims:
-    """Sizes of a model, the ones that shapes are made of."""
+@dataclass(frozen=True, kw_only=True)
+class Dims(Dimensions):
+    """Sizes of a whole model, the ones that shapes are made of."""
 
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    groups: int
-    head_dim: int
     vocab: int
     padded_vocab: int
     positions: int
-    experts: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
         """The names that a `Param` may use; `q` and `kv` are rows of the query and of the key (or value) projection."""
-        query, key = self.heads * self.head_dim, self.groups * self.head_dim
         return {
             "hidden": self.hidden,
             "ffn": self.ffn,
             "vocab": self.vocab,
             "positions": self.positions,
             "experts": self.experts,
-            "head": self.head_dim,
-            "q": query,
-            "kv": key,
-            "qkv": query + 2 * key,
+            "head": self.head_channels,
+            "q": self.query_rows,
+            "kv": self.key_rows,
+            "qkv": self.query_rows + 2 * self.key_rows,
         }
 
 
@@ -137,11 +131,11 @@ class FusedQkv(Rule):
     """
 
     def pack(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
-        return interleave(parts, dims.groups)
+        return interleave(parts, dims.query_groups)
 
     def unpack(self, tensor: Tensor, dims: Dims) -> tuple[Tensor, ...]:
         attention, kv = dims.sizes["q"], dims.sizes["kv"]
-        return separate(tensor, (attention, kv, kv), dims.groups)
+        return separate(tensor, (attention, kv, kv), dims.query_groups)
 
 
 @dataclass(frozen=True)
@@ -149,10 +143,10 @@ class StackedQkv(Rule):
     """Query above key above value in one Hugging Face parameter; megatron-core's is interleaved as in `FusedQkv`."""
 
     def pack(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
-        return interleave(parts[0].split(self._rows(dims)), dims.groups)
+        return interleave(parts[0].split(self._rows(dims)), dims.query_groups)
 
     def unpack(self, tensor: Tensor, dims: Dims) -> tuple[Tensor, ...]:
-        return (torch.cat(separate(tensor, self._rows(dims), dims.groups)),)
+        return (torch.cat(separate(tensor, self._rows(dims), dims.query_groups)),)
 
     @staticmethod
     def _rows(dims: Dims) -> list[int]:

@@ -43,7 +43,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Sizes of a transformer, over all ranks."""
+    """Sizes of a transformer's layers, over all ranks."""
 
     layers: int
     hidden: int
@@ -52,14 +52,24 @@ class Dimensions:
     query_groups: int
     head_channels: int
     gated: bool
-    experts: bool = False  # in place of the MLP
+    experts: int = 0  # in place of the MLP, if there are any
+
+    @property
+    def query_rows(self) -> int:
+        """Of the query projection."""
+        return self.heads * self.head_channels
+
+    @property
+    def key_rows(self) -> int:
+        """Of the key projection, and of the value projection."""
+        return self.query_groups * self.head_channels
 
     def linears(self) -> dict[str, Linear]:
         """megatron-core's linear layers that can have adapters, by name: those of experts cannot."""
-        heads, kv = self.heads * self.head_channels, self.query_groups * self.head_channels
+        qkv = {"q": self.query_rows, "k": self.key_rows, "v": self.key_rows}
         attention = {
-            "linear_qkv": Linear(self.hidden, {"q": heads, "k": kv, "v": kv}, self.query_groups),
-            "linear_proj": Linear(heads, {"o": self.hidden}),
+            "linear_qkv": Linear(self.hidden, qkv, self.query_groups),
+            "linear_proj": Linear(self.query_rows, {"o": self.hidden}),
         }
         if self.experts:
             return attention

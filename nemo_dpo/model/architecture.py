@@ -339,7 +339,7 @@ class Architecture:
             query_groups=self.num_query_groups,
             head_channels=self.kv_channels,
             gated=self.gated,
-            experts=self.experts is not None,
+            experts=self.experts or 0,
         )
 
     def padded_vocab_size(self, tp_size: int) -> int:

@@ -149,7 +149,7 @@ def test_the_config_is_the_bases_with_nemos_section(tmp_path: Path) -> None:
     assert {"adapter_dropout", "weight_tying"} <= tuning.keys()  # NeMo has no defaults for them
     assert config.pop("nemo_dpo")["base_weights"] == "b" * 64
     one_rank = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}  # by which NeMo looks for files
-    assert config == {**CONFIG, **one_rank, "virtual_pipeline_model_parallel_size": None}
+    assert config == {**CONFIG, **one_rank, "virtual_pipeline_model_parallel_size": None, "sequence_parallel": False}
 
 
 def drop(*keys: str) -> Callable[[dict[str, Any], Any], None]:

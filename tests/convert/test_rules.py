@@ -10,7 +10,18 @@ from nemo_dpo.convert.families.llama import QKV_BIAS, WEIGHTS
 from nemo_dpo.convert.rules import Dims, FusedQkv, GatedMlp, PaddedVocab
 from nemo_dpo.model.architecture import padded_vocab_size
 
-DIMS = Dims(layers=1, hidden=2, ffn=3, heads=4, groups=2, head_dim=2, vocab=5, padded_vocab=8, positions=6)
+DIMS = Dims(
+    layers=1,
+    hidden=2,
+    ffn=3,
+    heads=4,
+    query_groups=2,
+    head_channels=2,
+    gated=True,
+    vocab=5,
+    padded_vocab=8,
+    positions=6,
+)
 
 
 def rows(*values: int) -> torch.Tensor:

@@ -40,7 +40,7 @@ FAMILY_MUTATIONS = (
     Mutation(
         "query, key and value of GPT-2 taken for interleaved",
         RULES,
-        "        return interleave(parts[0].split(self._rows(dims)), dims.groups)",
+        "        return interleave(parts[0].split(self._rows(dims)), dims.query_groups)",
         "        return parts[0]",
         f"{BACK}[gpt2]",
     ),
@@ -55,7 +55,7 @@ FAMILY_MUTATIONS = (
     Mutation(
         "rows of an adapter of GPT-NeoX stacked",
         "nemo_dpo/convert/adapter_peft.py",
-        "self._rules[linear].unpack(interleave(rows, self._linears[linear].groups), self._dims)[0]",
+        "self._rules[linear].unpack(interleave(rows, self._linears[linear].groups), self.dimensions)[0]",
         "torch.cat(rows)",
         f"{PEFT}test_imported_and_exported_back_it_is_the_same[gpt_neox-target3]",
     ),
