@@ -274,21 +274,8 @@ class Architecture:
         Raises:
             ArchitectureError: a key is missing or asks for what this model code cannot express.
         """
-        _check_kinds(config, KINDS)
         vocab_size = stated_vocab_size(config) or tokenizer_vocab_size or 0
-        missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if not config.get(key)]
-        if not vocab_size:
-            missing.append("vocab_size")
-        if config.get("max_position_embeddings") is None and config.get("encoder_seq_length") is None:
-            missing.append("max_position_embeddings")
-        if missing:
-            raise ArchitectureError(f"model_config.yaml lacks {', '.join(missing)}; is this an mcore .nemo checkpoint?")
-        config = completed(config)
-        _check_kinds(config, KINDS)  # what the formulas make of the rest
-        _refuse_other_models(config)
-        heads, groups = config["num_attention_heads"], config["num_query_groups"]
-        if heads % groups:
-            raise ArchitectureError(f"model_config.yaml: num_attention_heads={heads} is no multiple of {groups} groups")
+        config = _accepted(config, vocab_size)
         normalization = _known(config, "normalization", NORMALIZATIONS)
         activation, gated = activation_of(config)
         bias = bool(config["bias"])
@@ -351,6 +338,25 @@ def stated_vocab_size(config: Mapping[str, Any]) -> int | None:
     """Number of tokens that a `model_config.yaml` states; None where, as in NeMo's own, the tokenizer decides."""
     size = config.get("vocab_size") or config.get("override_vocab_size")
     return size if isinstance(size, int) and size > 0 else None
+
+
+def _accepted(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """`config` completed; refuses values of another kind, missing sizes and what no model here computes."""
+    _check_kinds(config, KINDS)
+    missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if not config.get(key)]
+    if not vocab_size:
+        missing.append("vocab_size")
+    if config.get("max_position_embeddings") is None and config.get("encoder_seq_length") is None:
+        missing.append("max_position_embeddings")
+    if missing:
+        raise ArchitectureError(f"model_config.yaml lacks {', '.join(missing)}; is this an mcore .nemo checkpoint?")
+    full = completed(config)
+    _check_kinds(full, KINDS)  # what the formulas make of the rest
+    _refuse_other_models(full)
+    heads, groups = full["num_attention_heads"], full["num_query_groups"]
+    if heads % groups:
+        raise ArchitectureError(f"model_config.yaml: num_attention_heads={heads} is no multiple of {groups} groups")
+    return full
 
 
 def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Kind], section: str = "") -> None:
