@@ -10,6 +10,7 @@ from typing import Any
 from nemo_dpo.checkpoint import archive
 from nemo_dpo.checkpoint.fingerprint import chunks_hash
 from nemo_dpo.convert.opened import HfFolder, Opened, open_checkpoint
+from nemo_dpo.model.architecture import completed
 from nemo_dpo.tokenizer import TokenizerError
 
 SIZES = {
@@ -39,6 +40,7 @@ def summarise(path: Path, *, hashed: bool = True) -> dict[str, Any]:
             "format": opened.kind,
             "family": opened.family.model_type,
             **{title: opened.config.get(key) for title, key in SIZES.items()},
+            **_experts(opened),
             "parameters": sum(by_dtype.values()),
             "parameters by dtype": dict(by_dtype),
             **({"expanded from": opened.expanded} if opened.expanded else {}),
@@ -49,6 +51,12 @@ def summarise(path: Path, *, hashed: bool = True) -> dict[str, Any]:
         if hashed:
             facts["hash"] = chunks_hash(opened.chunks())
     return facts
+
+
+def _experts(opened: Opened) -> dict[str, Any]:
+    experts = opened.config.get("num_moe_experts")
+    chosen = completed(opened.config)["moe_router_topk"]
+    return {"experts": {"each layer": experts, "each token": chosen}} if experts else {}
 
 
 def as_table(facts: dict[str, Any]) -> str:

@@ -122,6 +122,7 @@ class Engine(Evaluator):
         self, chunks: Sequence[MegatronModule], config: TransformerConfig, groups: Groups, optim: OptimConfig
     ) -> None:
         super().__init__(chunks, groups)
+        self._balances = any(router.is_aux_loss_enabled() for router in self.routers)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=is_distributed(optim)
         )
@@ -143,19 +144,16 @@ class Engine(Evaluator):
         for ddp in self._ddp:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        if self.routers:
+        if self._balances:
             self._pairs = sum(batch.num_pairs for batch in micro_batches)
             self._tokens = weigh(self.routers, micro_batches, self.groups)
         return self._run(self._ddp, micro_batches, step, forward_only=False)
 
     def load_balance(self) -> dict[str, float]:
-        """The routers' auxiliary loss in the last `forward_backward`, without its coefficient, if there are any."""
-        if not self.routers:
+        """The routers' auxiliary loss in the last `forward_backward`, without its coefficient, if there is one."""
+        if not self._balances:
             return {}
-        config = self.routers[0].config
-        if not config.moe_aux_loss_coeff:
-            return {}
-        return {"load_balancing_loss": load_balance(self.routers, self._tokens, config.num_layers)}
+        return {"load_balancing_loss": load_balance(self.routers, self._tokens, self.routers[0].config.num_layers)}
 
     def update(self, clip_grad: float, *, wanted: bool = True) -> float:
         """One optimizer step on the gradients left by `forward_backward`, if it is `wanted` and their norm is finite.
@@ -177,7 +175,7 @@ class Engine(Evaluator):
         return norm
 
     def _divide_by_weight(self, chunks: list[Any], _tokens: Tensor, **groups: Any) -> None:
-        if self.routers and self.groups.is_last_stage() and float(self._weight) != self._pairs:
+        if self._balances and self.groups.is_last_stage() and float(self._weight) != self._pairs:
             raise ValueError(
                 f"the objective weighs {self._pairs} pairs as {float(self._weight)}; beside the routers' auxiliary "
                 "loss every pair must weigh 1"

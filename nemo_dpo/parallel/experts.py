@@ -124,11 +124,9 @@ def weigh(found: Sequence[Router], micro_batches: Sequence[Counted], groups: Gro
 
 def load_balance(found: Sequence[Router], tokens: float, layers: int) -> float:
     """The auxiliary loss without its coefficient, mean over tokens and layers, since it was last asked. Collective."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.tensor(sum(float(router.load) for router in found), dtype=torch.float64).to(found[0].weight.device)
     for router in found:
-        total += float(router.load)
         router.load = 0.0
-    total = total.to(router.weight.device)
     dist.all_reduce(total)  # tp ranks have tokens of their own, pp ranks layers, dp ranks micro-batches
     return float(total) / (tokens * layers)
 

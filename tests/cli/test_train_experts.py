@@ -59,8 +59,10 @@ CASES = {
     "PP 2 × VPP 2": Case(2, keys(**{PP: 2, "virtual_pipeline_model_parallel_size": 2})),
     "EP 2, recompute full": Case(2, keys(**{EP: 2, **FULL})),
 }
+STAGES = "PP 2 × VPP 2"
 RUNS = [
-    *(("SGD", name) for name in CASES if name != REFERENCE),
+    *(("SGD", name) for name in CASES if name not in (REFERENCE, STAGES)),
+    pytest.param("SGD", STAGES, marks=pytest.mark.slow),
     ("distributed Adam", "EP 2"),
     ("one pair a micro-batch", "EP 2"),
     ("LoRA", "EP 2"),
@@ -152,9 +154,10 @@ def test_same_training_in_every_layout(train: Train, mixtral: Inputs, training: 
     assert relative_error(ours, theirs) <= 1e-4
 
 
-def test_the_auxiliary_loss_is_trained_and_off_at_zero(train: Train, mixtral: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("off", ["model.moe_aux_loss_coeff=0", "model.moe_router_load_balancing_type=none"])
+def test_the_auxiliary_loss_is_trained_or_off(train: Train, mixtral: Inputs, tmp_path: Path, off: str) -> None:
     with_it = train("SGD", REFERENCE)
-    without = run(mixtral, tmp_path / "off", "SGD", REFERENCE, "model.moe_aux_loss_coeff=0")
+    without = run(mixtral, tmp_path / "off", "SGD", REFERENCE, off, "trainer.dpo.max_steps=1")
     first, other = (done.series("train", "grad_norm")[0] for done in (with_it, without))
     assert abs(first - other) > 0.01 * other
     assert "load_balancing_loss" in with_it.rows("train")[0] and "load_balancing_loss" not in without.rows("train")[0]

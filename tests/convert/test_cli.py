@@ -19,6 +19,7 @@ import torch
 
 from nemo_dpo.checkpoint import archive
 from nemo_dpo.convert import gguf, hf_to_nemo, nemo_to_hf
+from nemo_dpo.convert.summary import summarise
 from tests.convert.conftest import BASE, assert_same_tensors, hf_tensors, save_model
 from tests.convert.test_gguf import write_gguf
 
@@ -53,6 +54,7 @@ def test_mixtral_there_and_back(tmp_path: Path) -> None:
     save_model(source, MixtralConfig(**BASE, num_local_experts=3))
     assert tool("convert_mixtral_hf_to_nemo").main(arguments(source, nemo)) == 0
     assert tool("convert_mixtral_nemo_to_hf").main(arguments(nemo, back)) == 0
+    assert all(summarise(path)["experts"] == {"each layer": 3, "each token": 2} for path in (source, nemo, back))
     assert_same_tensors(source, back)
 
 

@@ -26,6 +26,10 @@ SUITES: dict[str, tuple[str, ...]] = {
     "nemo_dpo/parallel/vocab_logps.py": ("tests/logprobs/test_vocab_logps.py", "tests/logprobs/test_vocab_ranks.py"),
     "nemo_dpo/parallel/engine.py": SPINE,
     "nemo_dpo/parallel/response.py": SPINE,
+    "nemo_dpo/parallel/experts.py": (
+        "tests/model/test_experts.py",
+        "tests/cli/test_train_experts.py::test_the_auxiliary_loss_is_trained_or_off",
+    ),
     "nemo_dpo/parallel/groups.py": ("tests/parallel/test_stages.py", "tests/model/test_dropout.py", *SPINE),
     "nemo_dpo/parallel/collective.py": ("tests/parallel/test_collective.py", *COMMANDS),
     "nemo_dpo/parallel/cpu_host.py": ("tests/parallel/test_cpu_host.py", "tests/model/test_dropout.py", *SPINE),
