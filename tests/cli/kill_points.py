@@ -40,11 +40,17 @@ def _heard(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event == "open" and not (arguments[2] or 0) & WRITES:
         return
-    _happens(event, Path(arguments[0]))
+    # shutil.rmtree names what it deletes below an open folder.
+    below = arguments[1] if event in ("os.remove", "os.rmdir") else -1
+    _happens(event, _named(below) / arguments[0] if below >= 0 else Path(arguments[0]))
+
+
+def _named(file: int) -> Path:
+    return Path(os.readlink(f"/proc/self/fd/{file}"))
 
 
 def _synced(fsync: Any, file: int) -> None:
-    _happens("fsync", Path(os.readlink(f"/proc/self/fd/{file}")))
+    _happens("fsync", _named(file))
     fsync(file)
 
 
