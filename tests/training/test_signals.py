@@ -6,12 +6,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from nemo_dpo.config import ConfigError
 from nemo_dpo.training import leave, signals
 from nemo_dpo.training.leave import NOTICE, OUT_OF_TIME, TERMINATED, Stop, TimeLimit
+from tests.support.ranks import run_ranks
+from tests.training import stop_cases
 
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -56,6 +59,21 @@ def test_the_strongest_request_counts(
     for number in numbers:
         os.kill(os.getpid(), number)
     assert leave.own_request(limit) == expected
+
+
+@pytest.mark.parametrize(
+    ("noted", "over", "expected"),
+    [
+        ([[], []], [False, False], None),
+        ([[], []], [False, True], OUT_OF_TIME),
+        ([[], [signal.SIGUSR1]], [True, False], NOTICE),
+        ([[signal.SIGUSR1], [signal.SIGTERM]], [False, False], TERMINATED),
+    ],
+)
+def test_all_ranks_follow_the_strongest_request_of_any(
+    tmp_path: Path, noted: list[list[int]], over: list[bool], expected: Stop | None
+) -> None:
+    assert run_ranks(2, stop_cases.what_all_answer, tmp_path, noted, over) == [expected] * 2
 
 
 def test_requests_in_the_last_moments_do_nothing() -> None:
