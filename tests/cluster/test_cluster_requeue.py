@@ -144,7 +144,7 @@ def newest_checkpoint(run: Run) -> int:
 
 def test_requeueing_ends_where_nothing_is_gained(slurm: Cluster, run: Run) -> None:
     """A limit that is over before the first step."""
-    hopeless = [*ARGUMENTS, "exp_manager.max_time_per_run=00:00:00:00"]
+    hopeless = [*QUICK, "exp_manager.max_time_per_run=00:00:00:00"]
     job = run.submit(slurm, "train_gpt_dpo.sbatch", hopeless, nodes=1, tasks=1, REQUEUE_LIMIT="1")
     assert slurm.wait(job) == "FAILED"
     assert slurm.fact(job, "Restarts") == "1"
