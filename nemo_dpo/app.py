@@ -59,6 +59,7 @@ from nemo_dpo.training.resume import (
 )
 from nemo_dpo.training.space import check_room, expected_bytes
 from nemo_dpo.training.strategy import MegatronStrategy
+from nemo_dpo.training.wandb_log import check_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,6 @@ def _run(job: Callable[[Config, Path, Groups, Watch], None], cfg: Config) -> int
         except Stopped as stopped:
             stop, progress = stopped.stop, on_rank_zero(lambda: _progress(cfg, log_dir))
             logger.warning("ended %s (%s); start again to resume", stopped.where, stop.reason)
-        on_rank_zero(run_log.close_wandb)
     if stop:
         leave(stop, progress)
     return 0
@@ -101,7 +101,7 @@ def _ranks_at_work(cfg: Config) -> Iterator[tuple[Groups, Path, Watch]]:
 
 
 def _train(cfg: Config, log_dir: Path, groups: Groups, watch: Watch) -> None:
-    on_rank_zero(lambda: run_log.check_wandb(cfg.exp_manager))
+    on_rank_zero(lambda: check_wandb(cfg.exp_manager))
     resume = checkpoint_to_resume(cfg.exp_manager, log_dir / "checkpoints")
     with _started(cfg, log_dir, groups, build_engine) as start:
         facts, data = _facts(cfg, start), start.data
@@ -114,9 +114,12 @@ def _train(cfg: Config, log_dir: Path, groups: Groups, watch: Watch) -> None:
         _stop_if_asked(start.limit, groups, "before the first step of this start")
         trainer.fit(module, data.train_loader(lambda: trainer.global_step), ckpt_path=str(resume) if resume else None)
         saved = cfg.exp_manager.create_checkpoint_callback
-        if cadence.stop and (saved or trainer.global_step < data.max_steps):
-            raise Stopped(cadence.stop, f"after step {trainer.global_step} of {data.max_steps}")
-        finish(cfg, log_dir, module, data, partial(_export, start))
+        stop = cadence.stop if saved or trainer.global_step < data.max_steps else None
+        if not stop:
+            finish(cfg, log_dir, module, data, partial(_export, start))
+        on_rank_zero(lambda: run_log.close_loggers(trainer))
+        if stop:
+            raise Stopped(stop, f"after step {trainer.global_step} of {data.max_steps}")
 
 
 def _cache_reference(cfg: Config, log_dir: Path, groups: Groups, watch: Watch) -> None:

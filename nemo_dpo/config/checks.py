@@ -20,6 +20,7 @@ from nemo_dpo.config.errors import ConfigError
 from nemo_dpo.config.limits import beyond_limits
 from nemo_dpo.config.peft import stage_without_adapter
 from nemo_dpo.config.schema import Config
+from nemo_dpo.config.secrets import secrets
 
 _TP = "model.tensor_model_parallel_size"
 _PP = "model.pipeline_model_parallel_size"
@@ -34,7 +35,7 @@ _LAYOUT |= {"virtual_pipeline_model_parallel_size": 1, "sequence_parallel": Fals
 def check(cfg: Config) -> None:
     """All that can be judged without the checkpoint; with the ranks too, where trainer.devices counts them."""
     _raise_if([*beyond_limits(cfg), *_missing(cfg)])
-    tests = (_objective, _reference_folder, _schedule, _folders, _saves, _pipeline, _adapters, _absent_files)
+    tests = (secrets, _objective, _reference_folder, _schedule, _folders, _saves, _pipeline, _adapters, _absent_files)
     _raise_if(problem for test in tests for problem in test(cfg))
     if isinstance(cfg.trainer.devices, int):
         check_layout(cfg, cfg.trainer.devices * cfg.trainer.num_nodes)

@@ -164,11 +164,13 @@ def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode  # by the umask; safetensors makes files that only their owner can read
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise SaveError(f"{path.parent}: cannot be written ({error})") from error
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
+    path.chmod(mode)
 
 
 def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:

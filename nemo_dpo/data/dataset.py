@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -238,6 +239,12 @@ class PairDataset:
         return hashlib.sha256(json.dumps([parts, self.prepared.weights]).encode()).hexdigest()
 
     @property
+    def rewards_fingerprint(self) -> str:
+        """Hash of the ground-truth rewards in the split's order, which `fingerprint` leaves out."""
+        rewards = self._gather(lambda store, rows: store.pairs["rewards"][rows])
+        return hashlib.sha256(rewards.tobytes()).hexdigest()
+
+    @property
     def is_part(self) -> bool:
         """Whether the split leaves pairs of its files to other splits."""
         shards = zip(self.prepared.shards, self._stores, strict=True)
@@ -256,7 +263,7 @@ class PairDataset:
         """The last token of chosen and of rejected: [pairs, 2]."""
         return self._gather(_last_tokens)
 
-    def _gather(self, read: Callable[[Store, slice], npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
+    def _gather(self, read: Callable[[Store, slice], npt.NDArray[Any]]) -> npt.NDArray[Any]:
         shards = zip(self._stores, self.prepared.shards, strict=True)
         columns = np.concatenate(
             [

@@ -19,7 +19,6 @@ from nemo_dpo.config.checkpoint_names import checkpoint_name
 from nemo_dpo.config.exp_manager import CheckpointCallbackParams
 from nemo_dpo.data.sampler import PairSampler
 from nemo_dpo.parallel.collective import gather, on_rank_zero
-from nemo_dpo.training import run_log
 from nemo_dpo.training.data import Batches
 from nemo_dpo.training.leave import Stop, TimeLimit, any_request
 from nemo_dpo.training.module import Metrics, PreferenceModule
@@ -109,7 +108,9 @@ class Cadence(Callback):
 
     @staticmethod
     def _log(trainer: Trainer, split: str, metrics: Metrics, step: int) -> None:
-        run_log.log_metrics(trainer, {f"{split}/{name}": value for name, value in metrics.items()}, step)
+        named = {f"{split}/{name}": value for name, value in metrics.items()}
+        for target in trainer.loggers:
+            target.log_metrics(named, step)
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics that the next save would name."""

@@ -143,9 +143,12 @@ class PairData:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What decides the training pairs and their order."""
+        """What decides the training pairs and their order, and what the scores of checkpoints are measured on."""
+        validation = self._datasets.get("validation")
         return {
+            **({"validation_data": validation.fingerprint} if validation else {}),
             "train_data": self._datasets["train"].fingerprint,
+            "train_rewards": self._datasets["train"].rewards_fingerprint,
             "train_pairs": len(self._datasets["train"]),
             "global_batch_size": self._cfg.model.global_batch_size,
             "seed": self._cfg.model.seed,

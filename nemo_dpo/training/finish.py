@@ -38,7 +38,8 @@ def finish(
     test = data.batches("test")
     if test is not None:
         metrics = module.evaluate(test, [])
-        run_log.log_metrics(module.trainer, {f"test/{name}": value for name, value in metrics.items()}, data.max_steps)
+        for target in module.trainer.loggers:
+            target.log_metrics({f"test/{name}": value for name, value in metrics.items()}, data.max_steps)
         logger.info("test loss %.4f, acc %.3f", metrics["loss"], metrics["acc"])
     if cfg.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
         path = export(nemo_path(cfg, log_dir))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import logging
 import os
-import secrets
 import subprocess
 import sys
 import time
@@ -19,14 +16,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from nemo_dpo.config import Config, ConfigError, to_yaml
+from nemo_dpo.checkpoint import SaveError
+from nemo_dpo.config import Config, to_yaml
 from nemo_dpo.config.exp_manager import ExpManagerConfig, nemo_options
-from nemo_dpo.parallel.collective import on_rank_zero
-
-logger = logging.getLogger(__name__)
+from nemo_dpo.training.wandb_log import GuardedWandb, wandb_options
 
 PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "lightning", "transformers", "transformer-engine", "nemo_dpo")
 METRICS_FILE = "metrics.jsonl"
@@ -106,66 +102,21 @@ def attach_loggers(trainer: Trainer, cfg: ExpManagerConfig, log_dir: Path, resum
 
     options = nemo_options(cfg)
     if cfg.create_wandb_logger:
-        identity = {"id": on_rank_zero(lambda: _wandb_id(log_dir)), "resume": "allow"}
-        options["wandb_logger_kwargs"] = {**identity, **(cfg.wandb_logger_kwargs or {})}
+        options["wandb_logger_kwargs"] = wandb_options(cfg, log_dir)
     # In a folder of its own: at each start exp_manager moves the files that it finds there to run_N.
     exp_manager(trainer, {**options, "explicit_log_dir": str(log_dir / "logs")})
-    trainer.loggers = [*trainer.loggers, JsonlLogger(log_dir / METRICS_FILE, resume_step)]
+    guarded = [
+        GuardedWandb(target, options["wandb_logger_kwargs"]) if isinstance(target, WandbLogger) else target
+        for target in trainer.loggers
+    ]
+    trainer.loggers = [*guarded, JsonlLogger(log_dir / METRICS_FILE, resume_step)]
 
 
-def check_wandb(cfg: ExpManagerConfig) -> None:
-    """Log in to Weights & Biases now, rather than after the model is built. A terminal is asked for the key.
-
-    Raises:
-        ConfigError: it is wanted online and there is no API key.
-    """
-    given = cfg.wandb_logger_kwargs or {}
-    offline = given.get("offline") or {os.environ.get("WANDB_MODE"), given.get("mode")} & {"offline", "disabled"}
-    if not cfg.create_wandb_logger or offline:
-        return
-    import wandb
-
-    try:
-        wandb.login()
-    except wandb.Error as error:
-        raise ConfigError(
-            f"exp_manager.create_wandb_logger=true: {' '.join(str(error).split())} Or export WANDB_API_KEY, "
-            "or WANDB_MODE=offline, or set exp_manager.create_wandb_logger=false"
-        ) from error
-
-
-def _wandb_id(log_dir: Path) -> str:
-    path = log_dir / "wandb_run_id"
-    if not path.exists():
-        log_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4))
-    return path.read_text().strip()
-
-
-def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
-    """To every logger. One whose service has ended is left out from then on: a run does not end for it.
-
-    A signal from Slurm reaches all processes of a job, and SIGTERM ends the one of Weights & Biases at once.
-    """
-    for target in list(trainer.loggers):
-        try:
-            target.log_metrics(dict(metrics), step)
-        except ConnectionError as error:
-            trainer.loggers = [other for other in trainer.loggers if other is not target]
-            logger.warning(
-                "%s: %s; it has no figures from step %d on, %s has all",
-                type(target).__name__,
-                error,
-                step,
-                METRICS_FILE,
-            )
-
-
-def close_wandb() -> None:
-    """Let Weights & Biases write what it holds back: ranks may end without Python's exit handlers."""
-    if "wandb" in sys.modules:
-        with contextlib.suppress(ConnectionError):  # said when it was logged to
-            sys.modules["wandb"].finish()
+def close_loggers(trainer: Trainer) -> None:
+    """After the last figure."""
+    for target in trainer.loggers:
+        if isinstance(target, GuardedWandb):
+            target.close()
 
 
 class JsonlLogger(Logger):
@@ -201,9 +152,18 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append one line."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Append one line.
+
+        Raises:
+            SaveError: the disk is full, or gone.
+        """
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            raise SaveError(
+                f"{self._path}: cannot be written ({error.strerror}); make space and start again: the run resumes"
+            ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

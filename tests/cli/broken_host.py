@@ -10,8 +10,10 @@ import os
 import shutil
 import signal
 import tarfile
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -206,3 +208,40 @@ def stop_rank_zero() -> None:
 def fall_asleep() -> None:
     """Rank 1 hangs in a call of its own, as on a file system that does not answer."""
     _in_second_step(1, lambda: time.sleep(600))
+
+
+# Put together here: NeMo keeps the repository's uncommitted changes in the log folder, this file perhaps among them.
+SECRETS = {name: "5ecre7" * 7 + name[:3] for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
+
+
+def account_at_a_server() -> None:
+    """A key, and secrets of other programs, in the environment; the server is the one named in the log folder."""
+    from nemo_dpo.training import wandb_log
+    from tests.cli.probes import log_dir
+
+    for name in ("WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        os.environ.pop(name, None)
+    url = (log_dir() / "server.txt").read_text()
+    os.environ.update(SECRETS, NETRC=os.devnull, WANDB_BASE_URL=url, WANDB_FINISH_TIMEOUT="2")
+    wandb_log.REACH_SECONDS = 1.0
+
+
+def kill_wandb() -> None:
+    """wandb's own process is killed before the second step."""
+    _in_second_step(0, _kill_wandb_core)
+
+
+def _kill_wandb_core() -> None:
+    for child in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split():
+        if Path(f"/proc/{child}/comm").read_text().startswith("wandb"):
+            os.kill(int(child), signal.SIGKILL)
+
+
+def umask_022() -> None:
+    """Others may read."""
+    os.umask(0o022)
+
+
+def umask_077() -> None:
+    """Nobody else may read."""
+    os.umask(0o077)

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tests.cli.probes import log_dir, wrap
@@ -119,5 +120,17 @@ def watch_weights() -> None:
         folder = log_dir() / "facts"
         folder.mkdir(exist_ok=True)
         (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(digests))
+
+    wrap(PreferenceModule, "training_step", train)
+
+
+def change_the_data() -> None:
+    """The training file has other pairs after the first step."""
+    from nemo_dpo.training.module import PreferenceModule
+    from tests.support.tiny import write_pairs
+
+    def train(step: Any, module: Any, batch: Any, number: int) -> None:
+        step(module, batch, number)
+        write_pairs(Path(module._nonfinite._source(0).file), 27, seed=9)
 
     wrap(PreferenceModule, "training_step", train)

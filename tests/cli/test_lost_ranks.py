@@ -39,6 +39,7 @@ def test_a_stopped_rank_is_named(inputs: Inputs, tmp_path: Path) -> None:
     assert " in _train\n" in stacks["rank_0.txt"]
 
 
+@pytest.mark.faults
 def test_so_is_the_rank_that_holds_the_store(inputs: Inputs, tmp_path: Path) -> None:
     message, stacks = hung(inputs, tmp_path, "stop_rank_zero")
     assert "the store that the ranks met at does not answer: rank 0 or its host is gone or stopped" in message

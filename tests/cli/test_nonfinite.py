@@ -25,7 +25,6 @@ TWO = ["trainer.devices=2"]
 LAYOUTS = {
     "1": [],
     "DP 2, bf16": [*TWO, "trainer.precision=bf16"],
-    "DP 2, adam": [*TWO, "model.optim.name=adam"],
     "TP 2": [*TWO, "model.tensor_model_parallel_size=2"],
     "PP 2": [*TWO, "model.pipeline_model_parallel_size=2"],
 }

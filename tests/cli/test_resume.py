@@ -201,6 +201,7 @@ def test_a_resume_obeys_the_configuration_of_its_start(
 def test_a_changed_run_is_refused_by_name(halves: Callable[..., Halves], inputs: Inputs, tmp_path: Path) -> None:
     others = write_pairs(tmp_path / "others.jsonl", TRAIN_PAIRS, seed=9)
     hf_to_nemo(write_hf_model(tmp_path / "hf", seed=9), tmp_path / "other.nemo", precision="32")
+    rewarded = with_rewards(inputs.train, tmp_path / "rewarded.jsonl")
     changes = {
         "starting_weights": f"pretrained_checkpoint.restore_from_path={tmp_path / 'other.nemo'}",
         "model.dpo.ref_policy_kl_penalty": "model.dpo.ref_policy_kl_penalty=0.7",
@@ -209,6 +210,8 @@ def test_a_changed_run_is_refused_by_name(halves: Callable[..., Halves], inputs:
         "steps_per_epoch": "model.data.drop_last=true",
         "shuffle": "model.data.shuffle=false",
         "train_data": f"model.data.data_prefix={{train: [{others}], validation: [{inputs.validation}]}}",
+        "train_rewards": f"model.data.data_prefix={{train: [{rewarded}], validation: [{inputs.validation}]}}",
+        "validation_data": f"model.data.data_prefix={{train: [{inputs.train}], validation: [{others}]}}",
         "global_batch_size": f"model.global_batch_size={2 * GLOBAL_BATCH}",
         "seed": "model.seed=4321",
     }
@@ -217,6 +220,28 @@ def test_a_changed_run_is_refused_by_name(halves: Callable[..., Halves], inputs:
         assert run.status == 2, run.output
         assert f"error: cannot resume: {name} was " in run.output
         assert len(run.rows("train")) == STOP_AFTER  # nothing is lost by the refusal
+
+
+def test_data_that_change_during_a_run(inputs: Inputs, tmp_path: Path) -> None:
+    """It has read them: it ends as it would have. The next start, with other pairs, is refused."""
+    train, valid = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
+    shutil.copy(inputs.train, train)
+    shutil.copy(inputs.validation, valid)
+    files = [f"model.data.data_prefix={{train: [{train}], validation: [{valid}]}}", "trainer.dpo.max_steps=3"]
+    arguments = [*inputs.arguments(), *ARGUMENTS, *files]
+    expected = run_cli(arguments, tmp_path / "whole")
+    changed = run_cli(arguments, tmp_path / "changed", patches=["tests.cli.faults:change_the_data"])
+    assert train.read_bytes() != inputs.train.read_bytes()
+    assert figures(changed) == figures(expected)
+    again = run_cli([*arguments, "trainer.dpo.max_steps=4"], tmp_path / "changed", check=False)
+    assert again.status == 2, again.output
+    assert "error: cannot resume: train_data was" in again.output
+
+
+def with_rewards(source: Path, target: Path) -> Path:
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    target.write_text("".join(json.dumps({**row, "chosen_reward": 3.5}) + "\n" for row in rows))
+    return target
 
 
 def test_the_best_checkpoints_are_remembered(inputs: Inputs, tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ BEYOND = [
     ("trainer.dpo.val_check_interval", 0), ("trainer.dpo.val_check_interval", 1.5),
     ("trainer.dpo.val_check_interval", 0.0),
     ("trainer.dpo.save_interval", 0), ("trainer.dpo.limit_train_batches", 0), ("trainer.dpo.limit_val_batches", 1.1),
+    ("trainer.distributed_timeout_minutes", 0.0), ("trainer.dpo.on_nonfinite", "ignore"),
+    ("trainer.dpo.max_consecutive_skips", 0),
     ("trainer.dpo.gradient_clip_val", -1.0), ("exp_manager.max_time_per_run", "10:00"),
     ("exp_manager.checkpoint_callback_params.mode", "best"), ("exp_manager.checkpoint_callback_params.save_top_k", -2),
     ("model.micro_batch_size", 0), ("model.global_batch_size", 0), ("model.tensor_model_parallel_size", 0),

@@ -396,6 +396,13 @@ def test_what_the_optimizer_or_the_schedule_does_not_use_is_said(
     assert caplog.messages == expected
 
 
+def test_a_limit_on_skips_that_are_not_made_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    load("trainer.dpo.max_consecutive_skips=3")
+    load("trainer.dpo.max_consecutive_skips=3", "trainer.dpo.on_nonfinite=skip")
+    assert caplog.messages == ["trainer.dpo.max_consecutive_skips: not used by trainer.dpo.on_nonfinite=stop"]
+
+
 STOCK = ["target_modules=[attention_qkv]", "adapter_dim=32", "adapter_dropout=0.0", "layer_selection=null"]
 TUNING = "model.peft.lora_tuning."
 

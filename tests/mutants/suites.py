@@ -37,5 +37,6 @@ SUITES: dict[str, tuple[str, ...]] = {
     "nemo_dpo/parallel/processes.py": (
         "tests/cli/test_launch.py::test_a_killed_parent_takes_its_ranks_along_and_sigterm_saves",
     ),
+    "nemo_dpo/parallel/watch.py": ("tests/parallel/test_watch.py", "tests/cli/test_lost_ranks.py"),
     "nemo_dpo/reference/frozen.py": ("tests/reference", *COMMANDS),
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nemo_dpo.checkpoint import SaveError
 from nemo_dpo.config import Config, to_yaml
 from nemo_dpo.config.exp_manager import ExpManagerConfig
 from nemo_dpo.training.run_log import JsonlLogger, log_dir_of, read_metrics, save_run_facts
@@ -108,6 +109,15 @@ def test_a_fresh_start_sets_the_figures_of_earlier_runs_aside(tmp_path: Path) ->
     kept = [read_metrics(tmp_path / name)[0]["train/loss"] for name in ("metrics_1.jsonl", "metrics_2.jsonl")]
     assert kept == [0.1, 0.2]
     assert read_metrics(path) == [{"step": 0, "train/loss": 0.3}]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path, 0)
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(SaveError, match=r"metrics\.jsonl: cannot be written \(No space left on device\); make space"):
+        logger.log_metrics({"train/loss": 0.5}, 0)
 
 
 def test_each_start_keeps_the_configuration_of_the_earlier_ones(tmp_path: Path) -> None:
