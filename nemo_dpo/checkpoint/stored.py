@@ -20,20 +20,22 @@ _SPELLINGS = (
     ),
     (re.compile(r"^(model\.decoder\.layers(?:\.\d+)?)\.pre_mlp_layernorm\."), r"\1.mlp.linear_fc1.layer_norm_"),
 )
-
-
-def plain_name(name: str) -> str:
-    """The name of a parameter in the spelling of Transformer Engine's layers, without a precision wrapper."""
-    for pattern, replacement in _SPELLINGS:
-        name = pattern.sub(replacement, name)
-    return name
+_ROUTER = ".mlp.router."  # of layers with experts, before which the norm is a module of its own in either spelling
 
 
 def plain_names(names: Iterable[str], source: object) -> dict[str, str]:
-    """Plain name → the one of `names` that it is; a CheckpointError about `source` where two are one parameter."""
+    """Plain name → the one of `names` that it is; a CheckpointError about `source` where two are one parameter.
+
+    Plain is the spelling of Transformer Engine's layers, without a precision wrapper.
+    """
+    stored = list(names)
+    spellings = _SPELLINGS[:-1] if any(_ROUTER in name for name in stored) else _SPELLINGS
     found: dict[str, str] = {}
-    for name in names:
-        if (first := found.setdefault(plain_name(name), name)) != name:
+    for name in stored:
+        plain = name
+        for pattern, replacement in spellings:
+            plain = pattern.sub(replacement, plain)
+        if (first := found.setdefault(plain, name)) != name:
             raise CheckpointError(f"{source} holds a parameter under two names, {first} and {name}")
     return found
 
