@@ -101,9 +101,9 @@ def test_requeued_by_slurm_when_it_is_preempted(slurm: Cluster, run: Run, whole:
 
 
 def test_requeued_at_the_time_limit(slurm: Cluster, run: Run, whole: cli.Run) -> None:
-    """Slurm itself sends it: it looks every 30 s, here for jobs with less than 90 s of their two minutes left."""
-    slow = [*ARGUMENTS, "trainer.dpo.val_check_interval=1"]
-    options = ["--time=2", "--signal=USR1@90"]
+    """Slurm itself sends it: it looks every 30 s, and here finds jobs with less than 80 s of their two minutes left."""
+    slow = [*ARGUMENTS, "trainer.dpo.val_check_interval=1", "trainer.dpo.save_interval=1"]
+    options = ["--time=2", "--signal=USR1@50"]  # sent 30 s earlier at most
     job = run.submit(slurm, "train_gpt_dpo.sbatch", slow, options, REQUEUE_LIMIT="20")
     finished(slurm, job, run, seconds=1200)
     assert figures(cli.Run(0, "", run.results))["train"] == figures(whole)["train"]
