@@ -191,8 +191,8 @@ def _in_second_step(rank: int, act: Callable[[], object]) -> None:
 
 
 def answer_soon() -> None:
-    """Ranks wait for each other's answers for two seconds only."""
-    watch.ANSWER_SECONDS = 2.0
+    """Ranks wait for each other's answers for four seconds only."""
+    watch.ANSWER_SECONDS = 4.0
 
 
 def stop_rank_one() -> None:
