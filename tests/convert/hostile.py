@@ -371,7 +371,7 @@ CONFIGS: dict[str, Entry] = {
     "several model types": (hf_config(model_type=[]), r"model_type=\[\] is not supported"),
     "a number of layer types": (hf_config(layer_types=3), "layer_types=3 is no list"),
     "layers of config.json in words": (hf_config(num_hidden_layers="x"), "num_hidden_layers='x' is no whole number"),
-    "RoPE of config.json in words": (hf_config(rope_parameters="default"), "rope_parameters='default' is not one description"),
+    "RoPE of config.json in words": (hf_config(rope_parameters="default"), "rope_parameters='default' is not one"),
     "several kinds of RoPE": (hf_config(rope_parameters={"rope_type": ["linear"]}), "rope_type=.* is no text"),
     "10^12 layers": (config(num_layers=10**12), "1000000000000"),
     "a SentencePiece model of anything": (
