@@ -21,14 +21,15 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from nemo.utils import logging as nemo_logging
 
-from nemo_dpo.checkpoint import archive, sharded
+from nemo_dpo.checkpoint import SaveError, archive, sharded
 from nemo_dpo.checkpoint.fingerprint import weights_hash
-from nemo_dpo.checkpoint.folders import complete_checkpoints, read_progress
+from nemo_dpo.checkpoint.folders import last_step, read_progress
 from nemo_dpo.checkpoint.weights import check_metadata_pickle
 from nemo_dpo.config import Config
 from nemo_dpo.lora.spec import POLICY
 from nemo_dpo.losses import build_objective
-from nemo_dpo.model.architecture import TRAINING_ONLY, Architecture, stated_vocab_size
+from nemo_dpo.model.architecture import Architecture, stated_vocab_size
+from nemo_dpo.model.nemo_keys import TRAINING_ONLY
 from nemo_dpo.parallel import cpu_host
 from nemo_dpo.parallel.collective import agree, on_rank_zero
 from nemo_dpo.parallel.engine import Engine, Evaluator
@@ -56,6 +57,7 @@ from nemo_dpo.training.resume import (
     fixed_facts,
     quantization,
     steering,
+    this_job,
 )
 from nemo_dpo.training.space import check_room, expected_bytes
 from nemo_dpo.training.strategy import MegatronStrategy
@@ -83,8 +85,9 @@ def _run(job: Callable[[Config, Path, Groups, Watch], None], cfg: Config) -> int
         try:
             job(cfg, log_dir, groups, watch)
         except Stopped as stopped:
-            stop, progress = stopped.stop, on_rank_zero(lambda: _progress(cfg, log_dir))
-            logger.warning("ended %s (%s); start again to resume", stopped.where, stop.reason)
+            logger.warning("ended %s (%s); start again to resume", stopped.where, stopped.stop.reason)
+            progress = on_rank_zero(lambda: _progress(cfg, log_dir))
+            stop = any_request(TimeLimit(None), groups.device) or stopped.stop  # what is cancelled by now
     if stop:
         leave(stop, progress)
     return 0
@@ -110,14 +113,19 @@ def _train(cfg: Config, log_dir: Path, groups: Groups, watch: Watch) -> None:
             needed = expected_bytes(start.engine, cfg.model.optim)
             on_rank_zero(partial(check_room, log_dir / "checkpoints", needed))
         reference = build_reference(cfg, start)
-        module, trainer, cadence = _build_trainer(cfg, start, reference, facts, first_step, watch)
         _stop_if_asked(start.limit, groups, "before the first step of this start")
+        module, trainer, cadence = _build_trainer(cfg, start, reference, facts, first_step, watch)
         trainer.fit(module, data.train_loader(lambda: trainer.global_step), ckpt_path=str(resume) if resume else None)
         saved = cfg.exp_manager.create_checkpoint_callback
         stop = cadence.stop if saved or trainer.global_step < data.max_steps else None
         if not stop:
             finish(cfg, log_dir, module, data, partial(_export, start))
         on_rank_zero(lambda: run_log.close_loggers(trainer))
+        if stop and not saved:
+            raise SaveError(
+                f"asked to stop ({stop.reason}) after step {trainer.global_step} of {data.max_steps}: nothing is saved "
+                "for exp_manager.create_checkpoint_callback=false, and a new start begins afresh"
+            )
         if stop:
             raise Stopped(stop, f"after step {trainer.global_step} of {data.max_steps}")
 
@@ -134,9 +142,7 @@ def _stop_if_asked(limit: TimeLimit, groups: Groups, where: str) -> None:
 
 def _progress(cfg: Config, log_dir: Path) -> str:
     """What the next start would find done."""
-    newest = complete_checkpoints(log_dir / "checkpoints")[-1:]
-    step = read_progress(newest[0])["step"] if newest else 0
-    return f"step {step}, {rows_on_disk(_cache_of(cfg, log_dir))} reference log-probs"
+    return f"step {last_step(log_dir / 'checkpoints')}, {rows_on_disk(_cache_of(cfg, log_dir))} reference log-probs"
 
 
 @dataclass(frozen=True)
@@ -327,7 +333,7 @@ def _build_trainer(
     )
     export = partial(_export, start, nemo_path(cfg, log_dir)) if params.always_save_nemo else None
     cadence = Cadence(rhythm, data.batches("validation"), keeper, start.limit, after_save=export)
-    module.progress = lambda: {**data.position(module.trainer.global_step), **facts}
+    module.progress = lambda: {**data.position(module.trainer.global_step), **facts, **this_job()}
     trainer = pl.Trainer(
         accelerator="cpu" if engine.groups.device.type == "cpu" else "gpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),

@@ -39,7 +39,8 @@ from nemo_dpo.config import (
     with_cached_reference,
 )
 from nemo_dpo.data import DataError
-from nemo_dpo.model.architecture import Architecture, ArchitectureError, completed
+from nemo_dpo.model.architecture import Architecture, ArchitectureError
+from nemo_dpo.model.nemo_keys import completed
 from nemo_dpo.parallel import RankLost
 from nemo_dpo.parallel.processes import die_with
 from nemo_dpo.tokenizer import TokenizerError
@@ -303,7 +304,9 @@ def _export(ranks: Ranks) -> None:
     if "MASTER_PORT" not in os.environ:
         if "SLURM_JOB_ID" not in os.environ:
             raise ConfigError("MASTER_PORT is not set and there is no Slurm job; export MASTER_PORT on every rank")
-        os.environ["MASTER_PORT"] = str(15000 + _number(os.environ, "SLURM_JOB_ID") % 15000)
+        restarts = _number(os.environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in os.environ else 0
+        # As slurm/common.sh: the port of the start before may still be closing.
+        os.environ["MASTER_PORT"] = str(20000 + (_number(os.environ, "SLURM_JOB_ID") * 10 + restarts) % 10000)
 
 
 def _first_host(nodes: str | None) -> str:

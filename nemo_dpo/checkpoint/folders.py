@@ -59,6 +59,12 @@ def _place(folder: Path) -> tuple[float, float]:
         return math.inf, math.inf
 
 
+def last_step(root: Path) -> int:
+    """The step of the checkpoint in `root` that was saved last, of those that say it; 0 if there is none."""
+    places = [place for place in map(_place, complete_checkpoints(root)) if math.isfinite(place[0])]
+    return int(max(places, default=(0, 0))[1])
+
+
 def next_save(root: Path) -> int:
     """The number of the next save into `root`, from 1."""
     saves = [save for save, _ in map(_place, complete_checkpoints(root)) if math.isfinite(save)]
@@ -72,7 +78,7 @@ def remove_unfinished(root: Path) -> list[Path]:
             shutil.rmtree(old)
         else:
             os.replace(old, old.with_suffix(""))
-    left = [f for f in root.iterdir() if f.suffix == UNFINISHED] if root.is_dir() else []
+    left = [f for f in root.iterdir() if f.suffix == UNFINISHED and f.is_dir()] if root.is_dir() else []
     for folder in left:
         shutil.rmtree(folder)
     return left

@@ -29,6 +29,7 @@ from nemo_dpo.checkpoint.weights import TorchDistWeights, check_metadata_pickle,
 from nemo_dpo.checkpoint.writing import Writing, reason
 from nemo_dpo.parallel.collective import agree, on_rank_zero
 from nemo_dpo.parallel.engine import Engine
+from nemo_dpo.parallel.watch import is_lost
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +188,8 @@ def _load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         return dict(dist_checkpointing.load(state, str(folder)))
     except (OSError, RuntimeError, KeyError, CheckpointingException, CheckpointException) as error:
+        if is_lost(error):  # a rank is gone, and nothing wrong with the checkpoint
+            raise
         raise CheckpointError(f"{folder} cannot be loaded into this model: {reason(error)}") from error
 
 

@@ -31,7 +31,7 @@ from nemo_dpo.convert.run import ADAPTER_CONFIG as CONFIG_FILE
 from nemo_dpo.convert.run import check_folder_target, move_into_place, temporary_folder
 from nemo_dpo.lora.file import AdapterFile, Part, parts
 from nemo_dpo.lora.spec import LoraSpec
-from nemo_dpo.model.architecture import completed
+from nemo_dpo.model.nemo_keys import completed
 
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 

@@ -20,7 +20,7 @@ BLOCK = 2**22  # values compared at a time: what a comparison needs in memory be
 # Keys of model_config.yaml that say nothing about what the model computes.
 IMMATERIAL = {
     "attention_dropout", "encoder_seq_length", "ffn_dropout", "hidden_dropout", "init_method_std",
-    "make_vocab_size_divisible_by", "transformer_engine",
+    "make_vocab_size_divisible_by", "moe_aux_loss_coeff", "moe_router_load_balancing_type", "transformer_engine",
 }  # fmt: skip
 
 

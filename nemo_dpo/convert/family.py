@@ -14,8 +14,9 @@ from typing import Any
 from nemo_dpo.checkpoint import CheckpointError
 from nemo_dpo.convert.rope import LLAMAS_ROPE, RopeKeys, rope_from_hf, rope_from_nemo, rope_to_hf, rope_to_nemo
 from nemo_dpo.convert.rules import Dims, Table
-from nemo_dpo.model.architecture import DERIVED, KINDS, TRAINING_ONLY, Architecture, completed
+from nemo_dpo.model.architecture import Architecture
 from nemo_dpo.model.kinds import SHARE, SWITCH, TEXTS, WHOLE, Kind, misfit
+from nemo_dpo.model.nemo_keys import DERIVED, KINDS, TRAINING_ONLY, completed
 
 Config = dict[str, Any]
 # The layout that a written model_config.yaml names: weights fit any.

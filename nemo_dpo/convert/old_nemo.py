@@ -38,7 +38,8 @@ from nemo_dpo.convert.families.common import (
 from nemo_dpo.convert.family import ONE_RANK, Config, dims_of
 from nemo_dpo.convert.legacy import LAYER, Join, LegacyWeights, rank_files
 from nemo_dpo.convert.rules import Copy, Dims, GatedMlp, Param, Rule, Table
-from nemo_dpo.model.architecture import Architecture, completed, stated_vocab_size
+from nemo_dpo.model.architecture import Architecture, stated_vocab_size
+from nemo_dpo.model.nemo_keys import completed
 from nemo_dpo.tokenizer import load_tokenizer
 
 OLD = "model.language_model."

@@ -28,7 +28,8 @@ from nemo_dpo.convert.hf import HfWeights, read_json
 from nemo_dpo.convert.old_nemo import open_modern
 from nemo_dpo.convert.rules import Dims, Table
 from nemo_dpo.convert.safetensors_file import Entry
-from nemo_dpo.model.architecture import Architecture, completed, stated_vocab_size
+from nemo_dpo.model.architecture import Architecture, stated_vocab_size
+from nemo_dpo.model.nemo_keys import completed
 from nemo_dpo.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG = "config.json"

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_dpo.checkpoint import CheckpointError
-from nemo_dpo.model.architecture import LLAMA3_SCALING, ROPE_SCALING_KINDS
 from nemo_dpo.model.kinds import PART, POSITIVE, Kind, misfit
+from nemo_dpo.model.nemo_keys import LLAMA3_SCALING, ROPE_SCALING_KINDS
 
 DEFAULT_BASE = 10000.0
 
@@ -70,7 +70,7 @@ def rope_from_hf(hf: dict[str, Any], keys: RopeKeys) -> Rope:
         raise CheckpointError(
             f"config.json: RoPE scaling '{kind:.80}' is not supported, only default, linear and llama3"
         )
-    missing = [name for name in needed if name not in given]
+    missing = [name for name in needed if given.get(name) is None]
     if missing:
         raise CheckpointError(f"config.json: RoPE scaling '{kind}' lacks {', '.join(missing)}")
     return Rope(base, percent, kind, {name: given[name] for name in needed})

@@ -15,7 +15,7 @@ import yaml
 from nemo_dpo.checkpoint import CheckpointError, archive, io_error
 from nemo_dpo.checkpoint.weights import Chunk, stream_weights
 from nemo_dpo.convert.compare import check_same
-from nemo_dpo.convert.family import ONE_RANK, to_model_config
+from nemo_dpo.convert.family import ONE_RANK, differences, to_model_config
 from nemo_dpo.convert.hf import read_json, write_json, write_safetensors
 from nemo_dpo.convert.opened import CONFIG, HfFolder, open_hf, open_nemo
 from nemo_dpo.model.architecture import Architecture
@@ -87,6 +87,8 @@ def hf_to_nemo(
     opened = open_hf(source)
     config = to_model_config(opened.family, opened.hf_config(), {**BATCHES_AND_LAYOUT, **_template(hparams_file)})
     config["precision"] = _precision(opened, dtype)
+    if hparams_file is not None:
+        _check_template(opened, config, hparams_file)
 
     def check(written: Path) -> None:
         with open_nemo(written, scratch=output.parent) as nemo:
@@ -153,6 +155,16 @@ def _warn_of_what_stays(source: HfFolder) -> None:
     )
     if stays:
         logger.warning("%s: not carried into the archive: %s", source.path, ", ".join(stays))
+
+
+def _check_template(opened: HfFolder, config: dict[str, Any], hparams_file: Path) -> None:
+    """Refuse keys of the file that make another model of it than config.json describes."""
+    if other := differences(opened.family, {**config, "huggingface": {"config": opened.hf_config()}}):
+        name, (ours, theirs) = next(iter(other.items()))
+        raise CheckpointError(
+            f"{hparams_file}: its keys make {name} {ours!r:.80}, and config.json says {theirs!r:.80}; leave keys out "
+            "that decide what the model computes"
+        )
 
 
 def _template(hparams_file: Path | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_dpo.checkpoint import archive
 from nemo_dpo.checkpoint.fingerprint import chunks_hash
 from nemo_dpo.convert.opened import HfFolder, Opened, open_checkpoint
-from nemo_dpo.model.architecture import completed
+from nemo_dpo.model.nemo_keys import completed
 from nemo_dpo.tokenizer import TokenizerError
 
 SIZES = {
@@ -90,6 +90,7 @@ def _layout(opened: Opened) -> dict[str, Any]:
         "pipeline": stated.get("pipeline_model_parallel_size") or 1,
         "virtual pipeline": stated.get("virtual_pipeline_model_parallel_size"),
         "sequence": bool(stated.get("sequence_parallel")),
+        **({"expert": stated.get("expert_model_parallel_size") or 1} if stated.get("num_moe_experts") else {}),
     }
     return {"trained parallel": layout, "rows of the vocabulary": opened.weights.shape(_embedding(opened))[0]}
 

@@ -1,193 +1,31 @@
 """The shape of a model, read from the `model_config.yaml` of a checkpoint in NeMo's key names.
 
-`Architecture` is the one place that knows those names and their defaults; what cannot be built is refused here, by key,
-before any weight is read.
+What cannot be built is refused here, by key, before any weight is read. What the keys may hold is in `nemo_keys`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_dpo.lora.spec import Dimensions
-from nemo_dpo.model.kinds import COUNT, MAPPING, PART, POSITIVE, REAL, SHARE, SWITCH, TEXT, WHOLE, Kind, misfit
-
-# NeMo's `activation` → (megatron-core activation, gated linear unit)
-ACTIVATIONS = {
-    "fast-swiglu": ("silu", True),
-    "swiglu": ("silu", True),
-    "geglu": ("gelu", True),
-    "fast-geglu": ("gelu", True),
-    "gelu": ("gelu", False),
-    "openai-gelu": ("gelu_tanh", False),
-    "squared-relu": ("squared_relu", False),
-    "relu": ("relu", False),
-}
-NORMALIZATIONS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm", "layernorm1p": "LayerNorm"}
-# How the router's auxiliary loss is taken: of a micro-batch as a whole, of each sequence, or not at all.
-LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "none")
-POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
-# NeMo's `name` selects the kind of layer, and NeMo refuses one that it does not know, null among them; a missing one is
-# the empty text. Ours, of GPT-NeoX: attention and MLP both read the layer's input.
-PLAIN_LAYER = ""
-PARALLEL_RESIDUAL = "megatron_gpt_neox"
-
-# Llama 3.1's scaling of RoPE, in Hugging Face's names.
-LLAMA3_SCALING = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-# What NeMo takes a missing key for: a value, or a formula over the other keys. A null is the same, where NeMo builds no
-# model of it anyway or takes the formula, but for NULLS: OmegaConf's `get` gives NeMo the null and not the default, and
-# that counts as false, or as no known kind of position embedding.
-DEFAULTS: Mapping[str, object] = {
-    "normalization": "layernorm",
-    "layernorm_epsilon": 1e-5,
-    "activation": "gelu",
-    "bias_activation_fusion": True,
-    "bias": True,
-    "qkv_bias": False,
-    "share_embeddings_and_output_weights": True,
-    "position_embedding_type": "learned_absolute",
-    "rotary_base": 10000.0,
-    "rotary_percentage": 1.0,
-    "hidden_dropout": 0.1,
-    "attention_dropout": 0.1,
-    "make_vocab_size_divisible_by": 128,
-    "num_moe_experts": None,
-    "moe_router_topk": 2,
-    "moe_router_load_balancing_type": "aux_loss",
-    "moe_aux_loss_coeff": 0.0,
-}
-NULLS: Mapping[str, object] = {
-    "bias": False,
-    "bias_activation_fusion": False,
-    "share_embeddings_and_output_weights": False,
-    "position_embedding_type": "none",
-}
-DERIVED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-    "ffn_hidden_size": lambda config: 4 * config["hidden_size"],
-    "num_query_groups": lambda config: config["num_attention_heads"],
-    "kv_channels": lambda config: config["hidden_size"] // config["num_attention_heads"],
-}
-
-# Keys of NeMo, and of megatron-core's TransformerConfig which NeMo hands on, that change what a model computes and have
-# no field in `Architecture`: the values at which it is what is computed here. null and a missing key always are.
-# Not among them, as in 32 and bf16 it changes nothing, but true in many files: apply_query_key_layer_scaling.
-COMPUTED: Mapping[str, tuple[object, ...]] = {
-    "mcore_gpt": (True,),
-    # NeMo does not know `megatron_gpt`, which earlier versions of the converter wrote.
-    "name": (
-        PLAIN_LAYER,
-        "megatron_gpt",
-        "te_gpt",
-        "megatron_gpt_full_te_layer_autocast",
-        "modelopt",
-        PARALLEL_RESIDUAL,
-    ),
-    "attention_type": ("multihead",),
-    "transformer_block_type": ("pre_ln",),
-    "normalize_attention_scores": (True,),
-    "headscale": (False,),
-    "qk_l2_norm": (False,),
-    "window_attn_skip_freq": (),
-    "multi_latent_attention": (False,),
-    "attention_output_gate": (False,),
-    "experimental_attention_variant": (),
-    "linear_attention_freq": (),
-    "no_rope_freq": (),
-    "softmax_scale": (),
-    "softmax_type": ("vanilla",),
-    "apply_residual_connection_post_layernorm": (False,),
-    "fp32_residual_connection": (False,),
-    "glu_linear_offset": (0,),
-    "activation_func_clamp_value": (),
-    "final_logit_softcapping": (0,),
-    "attn_logit_softcapping": (0,),
-    "mcore_customization_config": ({},),
-    "drop_layers": ([],),
-    "mtp_num_layers": (0,),
-    "moe_layer_freq": (1,),
-    "moe_ffn_hidden_size": (),
-    "moe_shared_expert_intermediate_size": (0,),
-    "moe_router_pre_softmax": (False,),
-    "moe_router_score_function": ("softmax",),
-    "moe_router_topk_scaling_factor": (),
-    "moe_router_num_groups": (),
-    "moe_router_group_topk": (),
-    "moe_router_topk_limited_devices": (),
-    "moe_router_enable_expert_bias": (False,),
-    "moe_expert_capacity_factor": (),
-    "moe_token_dropping": (False,),
-    "moe_input_jitter_eps": (0,),
-    "moe_z_loss_coeff": (0,),
-    "moe_apply_probs_on_input": (False,),
-    "moe_latent_size": (),
-}
-
-
-REMEDIES = {"mcore_gpt": " (tools/convert/convert_gpt_nemo_to_mcore.py converts it)"}
-
-# Keys by the kind of value that they hold where they hold anything.
-WHOLE_NUMBERS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "vocab_size",
-    "override_vocab_size",
-    "max_position_embeddings",
-    "encoder_seq_length",
-    "make_vocab_size_divisible_by",
-    "moe_router_topk",
-    "activations_checkpoint_num_layers",
+from nemo_dpo.model.kinds import Kind, misfit
+from nemo_dpo.model.nemo_keys import (
+    ACTIVATIONS,
+    COMPUTED,
+    DEFAULTS,
+    EXPERTS_KEYS,
+    KINDS,
+    LLAMA3_SCALING,
+    LOAD_BALANCING,
+    NORMALIZATIONS,
+    PARALLEL_RESIDUAL,
+    POSITION_EMBEDDINGS,
+    REMEDIES,
+    ROPE_SCALING_KINDS,
+    completed,
 )
-REAL_NUMBERS = ("layernorm_epsilon", "init_method_std", "moe_aux_loss_coeff")
-SWITCHES = (
-    "bias",
-    "qkv_bias",
-    "bias_activation_fusion",
-    "openai_gelu",
-    "share_embeddings_and_output_weights",
-    "scale_positional_embedding",
-    "rotary_interleaved",
-    "layernorm_zero_centered_gamma",
-    "qk_layernorm",
-    "apply_embedding_scaling",
-)
-CHOICES = (
-    "name",
-    "normalization",
-    "activation",
-    "position_embedding_type",
-    "activations_checkpoint_granularity",
-    "activations_checkpoint_method",
-    "moe_router_load_balancing_type",
-)
-KINDS: Mapping[str, Kind] = {
-    **dict.fromkeys(WHOLE_NUMBERS, WHOLE),
-    **dict.fromkeys(REAL_NUMBERS, REAL),
-    **dict.fromkeys(SWITCHES, SWITCH),
-    **dict.fromkeys(CHOICES, TEXT),
-    "rotary_base": POSITIVE,
-    "seq_len_interpolation_factor": POSITIVE,
-    "rotary_percentage": PART,
-    "hidden_dropout": SHARE,
-    "attention_dropout": SHARE,
-    "rope_scaling": MAPPING,
-    "num_moe_experts": COUNT,  # 0, as null: none
-}
-ROPE_SCALING_KINDS: Mapping[str, Kind] = {"rope_type": TEXT, "type": TEXT, **dict.fromkeys(LLAMA3_SCALING, POSITIVE)}
-
-
-# Fields of `Architecture` that change training, not what the model computes.
-TRAINING_ONLY = ("hidden_dropout", "attention_dropout", "load_balancing", "load_balancing_weight")
 
 
 class ArchitectureError(ValueError):
@@ -213,6 +51,7 @@ class RopeScaling:
             ArchitectureError: any other kind, or numbers that megatron-core does not compute with.
         """
         _check_kinds(entry, ROPE_SCALING_KINDS, "rope_scaling.")
+        entry = {key: value for key, value in entry.items() if value is not None}
         kind = entry.get("rope_type", entry.get("type"))
         if kind != "llama3":
             raise ArchitectureError(f"model_config.yaml: rope_scaling of type {kind!r} is not supported; known: llama3")
@@ -364,14 +203,6 @@ def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Kind], section: 
         raise ArchitectureError(f"model_config.yaml: {section}{wrong}")
 
 
-def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A `model_config.yaml` that has the sizes and perhaps nulls, with what is missing as NeMo takes it."""
-    stated = {key: NULLS.get(key) if value is None else value for key, value in config.items()}
-    given = {**DEFAULTS, **{key: value for key, value in stated.items() if value is not None}}
-    given.setdefault("max_position_embeddings", given.get("encoder_seq_length"))
-    return {**{key: formula(given) for key, formula in DERIVED.items() if key not in given}, **given}
-
-
 def activation_of(config: Mapping[str, Any]) -> tuple[str, bool]:
     """(megatron-core's activation, whether it is a gated linear unit) of a completed `model_config.yaml`.
 
@@ -391,15 +222,16 @@ def _window(size: Any) -> int | None:
     match size:
         case None | [-1, -1] | [-1, 0]:
             return None
-        case [int(before), 0] if before >= 0:
+        case [int(before), 0] if before >= 0 and not isinstance(before, bool):
             return before
     raise ArchitectureError(f"model_config.yaml: window_size={size!r:.80} is not supported; known: [-1, 0] and [n, 0]")
 
 
 def _refuse_other_models(config: Mapping[str, Any]) -> None:
+    idle = not config["num_moe_experts"]  # without them these keys mean nothing
     for key, known in COMPUTED.items():
         value = config.get(key)
-        if value is not None and value not in known:
+        if value is not None and value not in known and not (idle and key.startswith(EXPERTS_KEYS)):
             texts = ", ".join(map(str, known)) or "null"
             raise ArchitectureError(
                 f"model_config.yaml: {key}={value!r:.80} is not supported; known: {texts}{REMEDIES.get(key, '')}"
@@ -408,14 +240,15 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
 
 def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `Architecture` about experts; refuses what cannot be built with them."""
-    experts, chosen = config["num_moe_experts"] or None, config["moe_router_topk"]
-    if experts is not None:
-        _check_experts(config, experts, chosen)
+    experts = config["num_moe_experts"] or None
+    stated: Mapping[str, Any] = config if experts else DEFAULTS
+    if experts:
+        _check_experts(config, experts, config["moe_router_topk"])
     return {
         "experts": experts,
-        "experts_per_token": chosen,
-        "load_balancing": _known(config, "moe_router_load_balancing_type", LOAD_BALANCING),
-        "load_balancing_weight": float(config["moe_aux_loss_coeff"]),
+        "experts_per_token": stated["moe_router_topk"],
+        "load_balancing": _known(stated, "moe_router_load_balancing_type", LOAD_BALANCING),
+        "load_balancing_weight": float(stated["moe_aux_loss_coeff"]),
     }
 
 
@@ -424,6 +257,12 @@ def _check_experts(config: Mapping[str, Any], experts: int, chosen: int) -> None
         raise ArchitectureError(
             f"model_config.yaml: moe_router_topk={chosen} of num_moe_experts={experts} is not supported; known: 2 to "
             f"{experts}"
+        )
+    ffn = config.get("moe_ffn_hidden_size")
+    if ffn is not None and ffn != config["ffn_hidden_size"]:
+        raise ArchitectureError(
+            f"model_config.yaml: moe_ffn_hidden_size={ffn!r:.80} is not supported; known: ffn_hidden_size, "
+            f"{config['ffn_hidden_size']}"
         )
     wrong = {"bias": bool(config["bias"]), "name": config.get("name") == PARALLEL_RESIDUAL}
     for key in filter(wrong.get, wrong):

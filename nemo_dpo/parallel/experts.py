@@ -131,6 +131,11 @@ def load_balance(found: Sequence[Router], tokens: float, layers: int) -> float:
     return float(total) / (tokens * layers)
 
 
+def is_expert(parameter: nn.Parameter) -> bool:
+    """Whether expert-parallel ranks have each their own in its place; `mark_experts` says so to megatron-core."""
+    return not getattr(parameter, "allreduce", True)
+
+
 def mark_experts(chunk: nn.Module) -> None:
     """Let megatron-core treat experts as such on one expert-parallel rank too.
 

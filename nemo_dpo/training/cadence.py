@@ -85,7 +85,7 @@ class Cadence(Callback):
             self._keeper.save(trainer, {**self._latest, "step": step, **rhythm.position(step)})
             if last or self.stop:
                 self._keeper.settle(wait=True)
-            if self._after_save and not last:  # at the end `finish` exports
+            if self._after_save and not (last or self.stop):  # at the end `finish` exports; a stop has no time for it
                 self._after_save()
         if self.stop:
             logger.warning("stopping after step %d: %s", step, self.stop.reason)

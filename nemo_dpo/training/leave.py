@@ -103,10 +103,12 @@ def leave(stop: Stop, progress: str) -> None:
     """The last thing that a stopped run does, when everything is saved and the ranks need each other no more.
 
     Args:
+        stop: the same on all ranks, or those that wait would be left by the others.
         progress: what the next start goes on from; requeueing ends where it stays the same.
     """
-    if stop.goes_on and signal.SIGTERM not in signals.noted():  # cancelled while it saved, it must not come back
-        if REQUEUE_FILE in os.environ and os.environ["RANK"] == "0":
+    if stop.goes_on:
+        cancelled = signal.SIGTERM in signals.noted()  # in the last moment: it must not come back
+        if REQUEUE_FILE in os.environ and os.environ["RANK"] == "0" and not cancelled:
             _write_whole(Path(os.environ[REQUEUE_FILE]), f"{progress}\n")
     elif "SLURM_JOB_ID" in os.environ:
         logger.warning("waiting for Slurm to end or requeue the job; another SIGTERM ends this process")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def checkpoint_to_resume(manager: ExpManagerConfig, folder: Path) -> Path | None
         CheckpointError: the one given is none, or damaged, or all in `folder` are; a fresh start would write among the
             checkpoints of an earlier run; or there is none and a fresh start is not wanted.
     """
+    manager = on_rank_zero(lambda: _wishes_of_this_start(manager, folder))
     found = on_rank_zero(lambda: _candidates(manager, folder))
     for checkpoint in reversed(found):
         try:
@@ -51,6 +53,28 @@ def checkpoint_to_resume(manager: ExpManagerConfig, folder: Path) -> Path | None
             "away to start afresh"
         )
     return None
+
+
+def this_job() -> dict[str, str]:
+    """What a checkpoint records of the Slurm job that writes it."""
+    return {"slurm_job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
+
+
+def _wishes_of_this_start(manager: ExpManagerConfig, folder: Path) -> ExpManagerConfig:
+    """A requeued job repeats its arguments: what they say of its beginning is done once it has saved."""
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
+        return manager
+    jobs = [_job_of(checkpoint) for checkpoint in complete_checkpoints(folder)]
+    if this_job().get("slurm_job") not in jobs:
+        return manager
+    return replace(manager, resume_from_checkpoint=None, resume_if_exists=True)
+
+
+def _job_of(checkpoint: Path) -> str:
+    try:
+        return str(read_progress(checkpoint).get("slurm_job", ""))
+    except CheckpointError:  # a damaged one, which is passed over later
+        return ""
 
 
 def _candidates(manager: ExpManagerConfig, folder: Path) -> list[Path]:

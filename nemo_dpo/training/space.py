@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from torch import nn
+
 from nemo_dpo.checkpoint import CheckpointError
 from nemo_dpo.checkpoint.folders import free_bytes
 from nemo_dpo.checkpoint.writing import MIB
 from nemo_dpo.config.schema import OptimConfig
 from nemo_dpo.parallel.collective import gather
 from nemo_dpo.parallel.engine import Engine, is_distributed
+from nemo_dpo.parallel.experts import is_expert
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +28,15 @@ def expected_bytes(engine: Engine, optim: OptimConfig) -> int:
     distributed = is_distributed(optim)  # stores masters of fp32 weights, too
     states = 2 if optim.name != "sgd" else int(optim.momentum > 0)
     own = sum(
-        p.numel() * (p.itemsize + FP32 * (states + int(distributed or p.itemsize < FP32))) for p in engine.trainable
+        p.numel() * (p.itemsize + FP32 * (states + int(distributed or p.itemsize < FP32))) * _shares(p, engine)
+        for p in engine.trainable
     )
     return sum(gather(own)) // engine.groups.layout.dp
+
+
+def _shares(parameter: nn.Parameter, engine: Engine) -> int:
+    """Data-parallel ranks with other parameters in this one's place: those that share the experts."""
+    return engine.groups.layout.ep if is_expert(parameter) else 1
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -26,7 +26,8 @@ from nemo_dpo.parallel.collective import on_rank_zero
 logger = logging.getLogger(__name__)
 
 REACH_SECONDS = 10.0
-FINISH_SECONDS = "300"  # wandb's own default is to wait for a server for ever
+# wandb's own default is to wait for a server for ever. A run that is asked to stop has this long less for its save.
+FINISH_SECONDS = "30"
 KEPT = "figures are kept in the log folder, `wandb sync` sends them later"
 
 

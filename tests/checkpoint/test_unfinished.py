@@ -73,5 +73,20 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path:
     assert complete_checkpoints(tmp_path) == [kept.with_suffix(""), done] == sorted(tmp_path.iterdir())
 
 
+def test_the_last_step_is_that_of_the_last_save_that_can_be_read(tmp_path: Path) -> None:
+    assert folders.last_step(tmp_path) == 0
+    checkpoint(tmp_path / "a", 10)
+    checkpoint(tmp_path / "b", 9, save=2)
+    damaged = checkpoint(tmp_path / "c", 11, save=3)
+    (damaged / folders.PROGRESS).write_text("")
+    assert complete_checkpoints(tmp_path)[-1] == damaged
+    assert folders.last_step(tmp_path) == 9
+
+
+def test_a_file_of_that_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.unfinished").write_text("")
+    assert remove_unfinished(tmp_path) == []
+
+
 def test_no_folder_no_checkpoint(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path / "checkpoints") == remove_unfinished(tmp_path / "checkpoints") == []

@@ -117,7 +117,9 @@ def losses(log_dir: Path) -> dict[int, float]:
 def error_line(output: str) -> str:
     """The one error of an output; more than one, or a traceback, fails."""
     assert "Traceback" not in output, output
-    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    # One rank may write it behind the bar of another.
+    rows = [line[line.find("error: ") :] if line.startswith("Training:") else line for line in output.splitlines()]
+    lines = [row for row in rows if row.startswith("error: ")]
     assert len(lines) == 1, output
     return lines[0]
 

@@ -84,12 +84,12 @@ def watch_options() -> None:
 
     facts: list[Any] = []
 
-    def updated(update: Callable[..., float], engine: Engine, *args: Any) -> float:
+    def updated(update: Callable[..., float], engine: Engine, *args: Any, **kwargs: Any) -> float:
         facts.append([_options(group) for group in engine.optimizer.param_groups])
         folder = log_dir() / "facts"
         folder.mkdir(exist_ok=True)
         (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(facts))
-        return update(engine, *args)
+        return update(engine, *args, **kwargs)
 
     wrap(Engine, "update", updated)
 

@@ -24,6 +24,18 @@ def of_a_slurm_job() -> None:
     wrap(signal, "pause", lambda pause: os.kill(os.getpid(), signal.SIGTERM))
 
 
+def of_job_seven() -> None:
+    """In its first start."""
+    can_be_requeued()
+    os.environ["SLURM_JOB_ID"] = "7"
+
+
+def of_job_seven_again() -> None:
+    """As Slurm starts a requeued job."""
+    of_job_seven()
+    os.environ["SLURM_RESTART_COUNT"] = "1"
+
+
 def _signal_at(owner: Any, name: str, *numbers: int) -> None:
     """The first call of the function is interrupted by signals, and goes on."""
     sent: list[int] = []

@@ -331,7 +331,7 @@ def test_ranks_meet_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) 
     assert {name: os.environ[name] for name in TORCHRUN} == TORCHRUN
     assert os.environ["GROUP_RANK"] == "1"
     assert os.environ["MASTER_ADDR"] == "node1"
-    assert int(os.environ["MASTER_PORT"]) == 15000 + 1234567 % 15000
+    assert int(os.environ["MASTER_PORT"]) == 20000 + 12345670 % 10000
 
 
 # --- null is what the checkpoint says ---------------------------------------------------------------------------------

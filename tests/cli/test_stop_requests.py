@@ -96,6 +96,27 @@ def test_more_signals_during_the_save_do_no_harm(
     assert asked_for(run) == asked
 
 
+def test_a_requeued_job_goes_on_whatever_its_arguments_say_of_its_beginning(
+    inputs: Inputs, whole: Run, tmp_path: Path
+) -> None:
+    afresh = ["exp_manager.resume_if_exists=false"]
+    stopped(inputs, tmp_path, "of_job_seven", "in_the_first_step", options=afresh)
+    other = stopped(inputs, tmp_path, "of_a_slurm_job", options=afresh)
+    assert other.status == 2 and "asks for a new run" in other.output, "another job"
+    again = stopped(inputs, tmp_path, "of_job_seven_again", options=afresh)
+    assert again.status == 0, again.output
+    assert figures(again) == figures(whole)
+
+
+def test_a_stop_that_nothing_is_saved_for_is_a_failure(inputs: Inputs, tmp_path: Path) -> None:
+    options = ["exp_manager.create_checkpoint_callback=false"]
+    options += ["exp_manager.checkpoint_callback_params.save_nemo_on_train_end=false"]
+    run = stopped(inputs, tmp_path, "can_be_requeued", "in_the_first_step", options=options)
+    assert run.status == 1, run.output
+    assert "after step 1 of 3: nothing is saved" in run.output
+    assert asked_for(run) is None
+
+
 def test_a_terminated_slurm_job_saves_and_waits(inputs: Inputs, tmp_path: Path) -> None:
     """It is still there for Slurm to end, and ends at once then; it does not ask for a requeue."""
     run = stopped(inputs, tmp_path, "of_a_slurm_job", "terminated_in_the_first_step")

@@ -44,7 +44,7 @@ def test_the_checkpoint_saved_last_is_gone_on_from_whatever_its_step(inputs: Inp
     run_cli([*arguments, back], tmp_path, patches=["tests.cli.faults:stop_early"])
     assert (tmp_path / "checkpoints" / "last").resolve() == checkpoint_at(tmp_path, STOP_AFTER)
     run = run_cli(arguments, tmp_path)
-    assert f"resuming from {checkpoint_at(tmp_path, STOP_AFTER)}\n" in run.output
+    assert f"resuming from {checkpoint_at(tmp_path, STOP_AFTER)}, " in run.output
     assert [row["step"] for row in run.rows("train")] == list(range(6))
 
 

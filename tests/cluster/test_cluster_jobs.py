@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from nemo_dpo.training.run_log import METRICS_FILE, read_metrics
 from tests.cli.launch_support import QUICK, ROOT, Inputs, losses
 from tests.cluster.batch import Run, finished
 from tests.support.cli import run_cli
-from tests.support.slurm import SCRIPTS, Cluster
+from tests.support.slurm import Cluster, add_pyxis
 
 SHARED = Path(os.environ.get("NEMO_DPO_SHARED", ROOT.parent / "shared"))
 
@@ -94,17 +93,9 @@ def test_a_refusal_fails_the_job_and_says_why(slurm: Cluster, odd_inputs: Inputs
 
 @pytest.fixture
 def pyxis(slurm: Cluster, tmp_path: Path) -> None:
-    """Slurm with pyxis' options; the folder / is the image, so that this host's python is in it."""
-    library = tmp_path / "pyxis.so"
-    source = str(SCRIPTS / "pyxis_stand_in.c")
-    try:
-        built = subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), source], capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("gcc is not installed")
-    if built.returncode:
-        pytest.skip(f"the stand-in for pyxis cannot be built (Debian: libslurm-dev): {built.stderr.splitlines()[0]}")
-    configuration = Path(slurm.environment["TEST_CLUSTER_STATE"]) / "plugstack.conf.d" / "pyxis.conf"
-    configuration.write_text(f"required {library}\n")
+    """The folder / is the image, so that this host's python is in it."""
+    if reason := add_pyxis(slurm, tmp_path):
+        pytest.skip(reason)
 
 
 @pytest.mark.usefixtures("pyxis")

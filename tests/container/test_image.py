@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.launch_support import ROOT, Inputs, losses, make_inputs, train
+from tests.cli.launch_support import QUICK, ROOT, Inputs, losses, make_inputs, train
+from tests.cluster.batch import Run, finished
 from tests.container import images
+from tests.support import slurm
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 
@@ -126,6 +128,23 @@ def test_stopping_the_container_saves(box: images.Box, inputs: Inputs, tmp_path:
     assert process.wait(120) == 0, (tmp_path / "log").read_text()
     (step,) = {json.loads(path.read_text())["step"] for path in results.glob("checkpoints/*/progress.json")}
     assert 0 < step < 600
+
+
+def test_a_job_of_two_nodes_runs_in_it(box: images.Box, inputs: Inputs, tmp_path: Path) -> None:
+    """The batch script with CONTAINER set, on a stand-in for pyxis that takes the image's folder."""
+    if reason := slurm.missing():
+        pytest.skip(reason)
+    outside = train([*inputs.arguments, f"exp_manager.explicit_log_dir={tmp_path / 'outside'}"], tmp_path)
+    assert outside.status == 0, outside.output
+    job = Run(inputs, tmp_path / "inside")
+    with slurm.cluster() as running:
+        if reason := slurm.add_pyxis(running, tmp_path):
+            pytest.skip(reason)
+        settings = {"CONTAINER": str(box.folder), "PYTHON": "/usr/bin/python3"}
+        number = job.submit(running, "train_gpt_dpo.sbatch", QUICK, nodes=2, tasks=1, **settings)
+        finished(running, number, job)
+    # Two ranks add the loss of their pairs in another order than one.
+    assert losses(tmp_path / "inside") == pytest.approx(losses(tmp_path / "outside"), rel=1e-5)
 
 
 def first_process(unshare: int) -> int:

@@ -353,6 +353,10 @@ CONFIGS: dict[str, Entry] = {
     "more heads than channels": (config(num_attention_heads=720, num_query_groups=1, kv_channels=None), "channels=0"),
     "a vocabulary divisible by nothing": (config(make_vocab_size_divisible_by=0), "make_vocab_size_divisible_by=0"),
     "an infinite epsilon": (config(layernorm_epsilon=float("inf")), "layernorm_epsilon=inf"),
+    "a scaling without a factor": (
+        config(scale_positional_embedding=True, rope_scaling={"rope_type": "llama3", "factor": None}),
+        "lacks rope_scaling.factor",
+    ),
     "a scaling in words": (config(rope_scaling="llama3"), "rope_scaling='llama3' is no mapping"),
     "a factor in words": (config(rope_scaling={"rope_type": "llama3", "factor": "x"}), "rope_scaling.factor='x'"),
     "several activations": (config(activation=["gelu"]), "activation=.* is no text"),

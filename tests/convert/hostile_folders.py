@@ -113,6 +113,11 @@ CONFIGS: dict[str, Entry] = {
     "RoPE in words": (config(rope_parameters="default"), "rope_parameters='default' is not one description"),
     "RoPE by kind of layer": (config(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "not one description"),
     "RoPE of a list": (config(rope_parameters={"rope_type": ["linear"]}), "is no text"),
+    "a number of the scaling that is null": (
+        config(rope_parameters={"rope_type": "llama3", "low_freq_factor": None, "factor": 8.0}),
+        "RoPE scaling 'llama3' lacks low_freq_factor",
+    ),
+    "a linear scaling by nothing": (config(rope_parameters={"type": "linear", "factor": None}), "lacks factor"),
     "theta below zero": (config(rope_parameters={"rope_theta": -1.0}), "rope_theta=-1.0 is no number above 0"),
     "theta in words": (config(rope_parameters={"rope_theta": "1e4"}), "rope_theta='1e4' is no number"),
     "a factor that is none": (

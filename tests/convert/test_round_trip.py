@@ -179,6 +179,13 @@ def test_hparams_file_adds_keys_but_does_not_change_shapes(llama: Any, tmp_path:
     assert (config["hidden_size"], config["micro_batch_size"], config["apply_query_key_layer_scaling"]) == (72, 4, True)
 
 
+def test_an_hparams_file_that_makes_another_model_is_refused_at_once(llama: Any, tmp_path: Path) -> None:
+    (tmp_path / "hparams.yaml").write_text("openai_gelu: true")
+    with pytest.raises(CheckpointError, match=r"hparams.yaml: its keys make activation 'gelu_tanh'.* says 'silu'"):
+        hf_to_nemo(llama(), tmp_path / "a.nemo", precision=None, hparams_file=tmp_path / "hparams.yaml")
+    assert not (tmp_path / "a.nemo").exists()
+
+
 def edit_model_config(nemo: Path, scratch: Path, **changes: Any) -> Path:
     """An extracted copy of `nemo` with other keys; a value of ... removes the key."""
     folder = scratch / "extracted"

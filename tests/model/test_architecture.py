@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from nemo_dpo.model.architecture import COMPUTED, KINDS, Architecture, ArchitectureError, RopeScaling
+from nemo_dpo.model.architecture import Architecture, ArchitectureError, RopeScaling
+from nemo_dpo.model.nemo_keys import COMPUTED, EXPERTS_KEYS, KINDS
 
 LEAST: dict[str, Any] = {
     "num_layers": 2,
@@ -254,7 +255,7 @@ def test_vocabulary_padding(vocabulary: int, multiple: int, tp: int, rows: int) 
         ({**EXPERTS, "moe_aux_loss_coeff": [0.1]}, r"moe_aux_loss_coeff=\[0.1\] is no number"),
         ({**EXPERTS, "moe_router_pre_softmax": True}, "moe_router_pre_softmax=True is not supported; known: False"),
         ({**EXPERTS, "moe_layer_freq": 2}, "moe_layer_freq=2 is not supported; known: 1"),
-        ({**EXPERTS, "moe_ffn_hidden_size": 64}, "moe_ffn_hidden_size=64 is not supported; known: null"),
+        ({**EXPERTS, "moe_ffn_hidden_size": 64}, "moe_ffn_hidden_size=64 is not supported; known: ffn_hidden_size"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"type 'yarn' .* llama3"),
         ({"rope_scaling": {"factor": 4.0}}, r"type None"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 8.0}}, r"rope_scaling.high_freq_factor=8.0; .* 4.0 only"),
@@ -276,15 +277,20 @@ KEYS = (*KINDS, *COMPUTED, "window_size")
 
 @pytest.mark.parametrize("key", dict.fromkeys(KEYS))
 def test_any_value_of_any_key_is_taken_or_refused_by_name(key: str) -> None:
-    refused = 0
+    refused, rest = 0, EXPERTS if key.startswith(EXPERTS_KEYS) else {}
     for value in WRONG:
         try:
-            parse(**{key: value}).padded_vocab_size(3)
+            parse(**{**rest, key: value}).padded_vocab_size(3)
         except ArchitectureError as error:
             refused += 1
             assert "\n" not in str(error) and len(str(error)) < 500
             assert key in str(error) or "num_attention_heads" in str(error) or "kv_channels" in str(error)
     assert refused >= 10
+
+
+@pytest.mark.parametrize("key", [key for key in COMPUTED if key.startswith(EXPERTS_KEYS)])
+def test_keys_of_experts_mean_nothing_without_them(key: str) -> None:
+    assert parse(**{key: "x"}) == parse()
 
 
 @pytest.mark.parametrize("key", LLAMA3)

@@ -97,3 +97,22 @@ def cluster(network: str = "loopback", nodes: int = 2) -> Iterator[Cluster]:
     finally:
         subprocess.run([SCRIPTS / "down.sh", state], env=environment, check=True, timeout=120)
         shutil.rmtree(state, ignore_errors=True)
+
+
+def add_pyxis(running: Cluster, folder: Path) -> str | None:
+    """Give srun the options of pyxis, by a stand-in built in `folder` that takes a folder for an image.
+
+    Returns:
+        Why it cannot be built here, or None.
+    """
+    library = folder / "pyxis.so"
+    command = ["gcc", "-shared", "-fPIC", "-o", library, SCRIPTS / "pyxis_stand_in.c"]
+    try:
+        built = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "gcc is not installed"
+    if built.returncode:
+        return f"the stand-in for pyxis cannot be built (Debian: libslurm-dev): {built.stderr.splitlines()[0]}"
+    configuration = Path(running.environment["TEST_CLUSTER_STATE"]) / "plugstack.conf.d" / "pyxis.conf"
+    configuration.write_text(f"required {library}\n")
+    return None

@@ -13,7 +13,7 @@ from nemo_dpo.convert.rules import Copy, PaddedVocab, Param, Rule, Table
 COMMON = {
     "mcore_gpt": True,
     "transformer_engine": True,
-    # NeMo's default, true, is an error with most activations and another formula of GELU (model.architecture).
+    # NeMo's default, true, is an error with most activations and another formula of GELU (`activation_of`).
     "bias_activation_fusion": False,
     "make_vocab_size_divisible_by": 128,
     "hidden_dropout": 0.0,

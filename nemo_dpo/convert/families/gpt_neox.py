@@ -25,7 +25,8 @@ from nemo_dpo.convert.families.common import (
 from nemo_dpo.convert.family import Family, Key
 from nemo_dpo.convert.rope import RopeKeys
 from nemo_dpo.convert.rules import PaddedVocab, Param, Rule, Table
-from nemo_dpo.model.architecture import PARALLEL_RESIDUAL, PLAIN_LAYER, activation_of
+from nemo_dpo.model.architecture import activation_of
+from nemo_dpo.model.nemo_keys import PARALLEL_RESIDUAL, PLAIN_LAYER
 
 EMBEDDING = Param("gpt_neox.embed_in.weight", "vocab hidden")
 HEAD = Param("embed_out.weight", "vocab hidden")
