@@ -34,6 +34,7 @@ LAYOUTS = {
     "PP 2": Layout(2, pp=2),
     "EP 2": Layout(2, ep=2),
     "EP 2 × TP 2 + SP": Layout(4, tp=2, sequence_parallel=True, ep=2),
+    "EP 2 × PP 2": Layout(4, pp=2, ep=2),
 }
 KINDS = ("aux_loss", "seq_aux_loss")
 TOKENS = sum(batch.tokens_real for batch in random_batches(SIZES))
