@@ -50,7 +50,14 @@ def test_by_its_looks(value: str) -> None:
     assert value not in line
 
 
+def test_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key of W&B's older form is 40 hexadecimal digits, as many other things are."""
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2)
+    (line,) = secrets(with_options(wandb_logger_kwargs={"notes": "with 0123456789abcdef0123456789abcdef"}))
+    assert "notes holds the value of WANDB_API_KEY" in line and "0123" not in line
+
+
 def test_nothing_in_what_runs_usually_have() -> None:
     usual = {"project": "token-free", "name": "dpo", "max_tokens": "7", "tokenizer": "a", "uri": "http://host:5000/a@b"}
-    usual |= {"save_dir": "/data/keys:2/run@3", "api_key": ""}
+    usual |= {"save_dir": "/data/keys:2/run@3", "api_key": "", "file": "/data/sk-assessment-preferences-2026/a"}
     assert list(secrets(with_options(wandb_logger_kwargs=usual))) == []
