@@ -61,14 +61,18 @@ def _place(folder: Path) -> tuple[float, float]:
 
 def last_step(root: Path) -> int:
     """The step of the checkpoint in `root` that was saved last, of those that say it; 0 if there is none."""
-    places = [place for place in map(_place, complete_checkpoints(root)) if math.isfinite(place[0])]
-    return int(max(places, default=(0, 0))[1])
+    return max(_places(root), default=(0, 0))[1]
 
 
 def next_save(root: Path) -> int:
     """The number of the next save into `root`, from 1."""
-    saves = [save for save, _ in map(_place, complete_checkpoints(root)) if math.isfinite(save)]
-    return int(max(saves, default=0)) + 1
+    return max(_places(root), default=(0, 0))[0] + 1
+
+
+def _places(root: Path) -> list[tuple[int, int]]:
+    """(number of the save, step) of each checkpoint that says them."""
+    found = map(_place, complete_checkpoints(root))
+    return [(int(save), int(step)) for save, step in found if math.isfinite(save)]
 
 
 def remove_unfinished(root: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_dpo.checkpoint import CheckpointError, manifest
 from nemo_dpo.checkpoint.folders import PROGRESS, next_save, read_progress
+from nemo_dpo.checkpoint.stored import plain_names
 from nemo_dpo.checkpoint.weights import TorchDistWeights, check_metadata_pickle, stored_names
 from nemo_dpo.checkpoint.writing import Writing, reason
 from nemo_dpo.parallel.collective import agree, on_rank_zero
@@ -126,7 +127,8 @@ def load_by_layer(folder: Path, engine_chunks: list[Any], device: torch.device) 
     stacked parameter; every rank reads its own part. Collective: pipeline ranks have equally many layers.
     """
     _fill(folder, engine_chunks, lambda name: not name.startswith(LAYERS))
-    stored, names = agree(lambda: (TorchDistWeights(folder), stored_names(folder)))
+    stored = agree(lambda: TorchDistWeights(folder))
+    names = plain_names(stored, folder)
     for chunk in engine_chunks:
         entries = _entries(chunk, names, methodcaller("startswith", LAYERS))
         for number, layer in enumerate(chunk.decoder.layers):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nemo_dpo.config.schema import OptimConfig
 from nemo_dpo.parallel import mcore_repairs
-from nemo_dpo.parallel.experts import load_balance, routers, weigh
+from nemo_dpo.parallel.experts import Counted, load_balance, routers, weigh
 from nemo_dpo.parallel.groups import Groups
 
 # What a chunk returned → (sum, weight, what to collect)
@@ -39,15 +39,11 @@ CHECKPOINT_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable"}
 NO_TOKENS = torch.zeros((), dtype=torch.int)
 
 
-class MicroBatchLike(Protocol):
+class MicroBatchLike(Counted, Protocol):
     """Whatever it carries, its tokens are [rows, S]."""
 
     @property
     def tokens(self) -> Tensor: ...
-    @property
-    def num_pairs(self) -> int: ...
-    @property
-    def tokens_real(self) -> int: ...
 
 
 class Evaluator:
