@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -106,14 +107,7 @@ Train = Callable[[str, str], Trained]
 @pytest.fixture(scope="module")
 def train(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """(optimizer, case) → the run, made once."""
-    done: dict[tuple[str, str], Trained] = {}
-
-    def once(optimizer: str, name: str) -> Trained:
-        if (optimizer, name) not in done:
-            done[optimizer, name] = _train(inputs, tmp_path_factory.mktemp("run"), optimizer, CASES[name])
-        return done[optimizer, name]
-
-    return once
+    return cache(lambda optimizer, name: _train(inputs, tmp_path_factory.mktemp("run"), optimizer, CASES[name]))
 
 
 def _train(inputs: Inputs, log_dir: Path, optimizer: str, case: Case) -> Trained:

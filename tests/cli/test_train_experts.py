@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -100,14 +101,7 @@ Train = Callable[[str, str], Run]
 @pytest.fixture(scope="module")
 def train(mixtral: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """(training, case) → the run, made once."""
-    done: dict[tuple[str, str], Run] = {}
-
-    def once(training: str, name: str) -> Run:
-        if (training, name) not in done:
-            done[training, name] = run(mixtral, tmp_path_factory.mktemp("run"), training, name)
-        return done[training, name]
-
-    return once
+    return cache(lambda training, name: run(mixtral, tmp_path_factory.mktemp("run"), training, name))
 
 
 def nemo_of(done: Run) -> Path:

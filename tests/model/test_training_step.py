@@ -97,9 +97,14 @@ def test_loss(findings: Findings, expected: dict[str, Expected], name: str) -> N
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(findings: Findings, expected: dict[str, Expected], name: str) -> None:
     """Every parameter's, relative to its norm."""
-    gradients = dict(read_weights(findings.gradients / name))
-    assert gradients.keys() == expected[name].gradients.keys()
-    for parameter, theirs in expected[name].gradients.items():
+    check_gradients(findings.gradients / name, expected[name])
+
+
+def check_gradients(folder: Path, expected: Expected) -> None:
+    """What a run has left in `folder` is, parameter by parameter, what is expected."""
+    gradients = dict(read_weights(folder))
+    assert gradients.keys() == expected.gradients.keys()
+    for parameter, theirs in expected.gradients.items():
         ours = gradients[parameter]
         if parameter in EMBEDDINGS:
             assert torch.count_nonzero(ours[VOCABULARY:]) == 0, "rows that pad the vocabulary"
@@ -111,5 +116,10 @@ def test_gradients(findings: Findings, expected: dict[str, Expected], name: str)
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_norm(findings: Findings, expected: dict[str, Expected], name: str) -> None:
     """Each parameter counted once, whichever ranks hold it: tied embeddings and norms are on several."""
-    squares = sum(float(gradient.double().square().sum()) for gradient in expected[name].gradients.values())
-    assert findings.each(name, "grad_norm") == pytest.approx([squares**0.5] * findings.layout.world, rel=GRADIENT)
+    norm = norm_of(expected[name])
+    assert findings.each(name, "grad_norm") == pytest.approx([norm] * findings.layout.world, rel=GRADIENT)
+
+
+def norm_of(expected: Expected) -> float:
+    """Of all gradients together."""
+    return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in expected.gradients.values()))
