@@ -116,10 +116,14 @@ def _train(cfg: Config, log_dir: Path, groups: Groups, watch: Watch) -> None:
         _stop_if_asked(start.limit, groups, "before the first step of this start")
         module, trainer, cadence = _build_trainer(cfg, start, reference, facts, first_step, watch)
         trainer.fit(module, data.train_loader(lambda: trainer.global_step), ckpt_path=str(resume) if resume else None)
+        cadence.make_up(trainer, module)
         saved = cfg.exp_manager.create_checkpoint_callback
         stop = cadence.stop if saved or trainer.global_step < data.max_steps else None
         if not stop:
-            finish(cfg, log_dir, module, data, partial(_export, start))
+            try:
+                finish(cfg, log_dir, module, data, partial(_export, start))
+            except Stopped as stopped:
+                stop = stopped.stop
         on_rank_zero(lambda: run_log.close_loggers(trainer))
         if stop and not saved:
             raise SaveError(
@@ -311,6 +315,7 @@ def _build_trainer(
     cfg: Config, start: Start[Engine], reference: Reference, facts: Mapping[str, Any], first_step: int, watch: Watch
 ) -> tuple[PreferenceModule, pl.Trainer, Cadence]:
     log_dir, engine, data = start.log_dir, start.engine, start.data
+    requested = partial(any_request, start.limit, engine.groups.device)
     module = PreferenceModule(
         engine,
         reference,
@@ -319,6 +324,8 @@ def _build_trainer(
         clip_grad=cfg.trainer.dpo.gradient_clip_val,
         nonfinite=NonFinite(cfg.trainer.dpo, log_dir / nonfinite.FILE, data.source, engine.groups),
         watch=watch,
+        # Where no checkpoint is written, nothing is gained by a validation that ends early.
+        requested=requested if cfg.exp_manager.create_checkpoint_callback else lambda: None,
         first_step=first_step,
         max_steps=data.max_steps,
     )
@@ -332,7 +339,7 @@ def _build_trainer(
         sampler=data.sampler,
     )
     export = partial(_export, start, nemo_path(cfg, log_dir)) if params.always_save_nemo else None
-    cadence = Cadence(rhythm, data.batches("validation"), keeper, start.limit, after_save=export)
+    cadence = Cadence(rhythm, data.batches("validation"), keeper, requested, after_save=export)
     module.progress = lambda: {**data.position(module.trainer.global_step), **facts, **this_job()}
     trainer = pl.Trainer(
         accelerator="cpu" if engine.groups.device.type == "cpu" else "gpu",

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemo_dpo.checkpoint import SaveError, manifest
 from nemo_dpo.checkpoint.folders import commit, free_bytes, unfinished
 from nemo_dpo.checkpoint.weights import COMMON_FILE, FORMAT_FILE, METADATA
-from nemo_dpo.parallel.collective import agree, gather, on_rank_zero
+from nemo_dpo.parallel.collective import agree, gather, gather_on_rank_zero, on_rank_zero
 from nemo_dpo.parallel.processes import die_with
 
 # What megatron-core and torch raise when they plan or write.
@@ -107,7 +107,7 @@ class Writing:
         """
         start = time.monotonic()
         with self._whole_or_nothing():
-            shares = gather(agree(lambda: self._fork.result() if self._fork else self._written))
+            shares = gather_on_rank_zero(agree(lambda: self._fork.result() if self._fork else self._written))
             self.bytes = on_rank_zero(lambda: self._complete(shares))
         self.blocked += time.monotonic() - start
 
@@ -214,7 +214,11 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 class _Fork:
-    """`action` in a fork of this process, with memory as it is now."""
+    """`action` in a fork of this process, with memory as it is now.
+
+    A fork has none of the threads that torch computes with (OpenMP's): `action` may copy and write, and nothing that is
+    done with several threads. `_write_file` runs in threads of Python's own, which are new.
+    """
 
     def __init__(self, action: Callable[[], Written]) -> None:
         # What it found comes back through a file: a pipe would be full before anyone reads it.

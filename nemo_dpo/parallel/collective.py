@@ -27,6 +27,13 @@ def gather(value: T) -> list[T]:
     return found  # type: ignore[return-value]
 
 
+def gather_on_rank_zero(value: T) -> list[T]:
+    """Every rank's `value`, by rank, on rank 0; nothing on the others. Collective."""
+    found: list[T | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, found, dst=0, group=_waiting_group(dist.group.WORLD))
+    return found or []  # type: ignore[return-value]
+
+
 def agree(action: Callable[[], T]) -> T:
     """Run `action` here; if it raised on any rank, raise on all (the error of the lowest such rank). Collective."""
     result, error = None, None

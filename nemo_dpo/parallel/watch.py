@@ -60,6 +60,7 @@ def watching(limit: float, folder: Path) -> Iterator[Watch]:
         raise RankLost(watch.ask(_one_line(error))) from error
     finally:
         watch.stop()
+        watch.join()
 
 
 def is_lost(error: BaseException) -> bool:
@@ -79,17 +80,24 @@ class Watch:
         self._main = threading.get_ident()
         self._work = ""
         self._deadline = math.inf
+        self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._guard, self._listen)]
         self._ended = threading.Event()
         self._asking = threading.Lock()  # whichever thread comes second must not end the process before the first
 
     def start(self) -> None:
         """A rank that is alone waits for nobody."""
-        for loop in (self._guard, self._listen) if self._world > 1 else ():
-            threading.Thread(target=loop, daemon=True).start()
+        for thread in self._threads if self._world > 1 else ():
+            thread.start()
 
     def stop(self) -> None:
         """This rank ends by itself."""
         self._ended.set()
+
+    def join(self) -> None:
+        """Wait for the threads: one that is in a call of torch's when Python ends would abort the process there."""
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(3 * ANSWER_SECONDS)
 
     @contextlib.contextmanager
     def over(self, work: str) -> Iterator[None]:

@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from nemo_dpo.checkpoint import SaveError
 from nemo_dpo.checkpoint.folders import point, remove
 from nemo_dpo.checkpoint.writing import MIB, Writing
 from nemo_dpo.config.checkpoint_names import checkpoint_name
@@ -20,8 +21,9 @@ from nemo_dpo.config.exp_manager import CheckpointCallbackParams
 from nemo_dpo.data.sampler import PairSampler
 from nemo_dpo.parallel.collective import gather, on_rank_zero
 from nemo_dpo.training.data import Batches
-from nemo_dpo.training.leave import Stop, TimeLimit, any_request
+from nemo_dpo.training.leave import Stop, Stopped
 from nemo_dpo.training.module import Metrics, PreferenceModule
+from nemo_dpo.training.nonfinite import NonFiniteError
 from nemo_dpo.training.space import warn_if_short
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,15 @@ class Rhythm:
 class Cadence(Callback):
     """Validates before the first step and every `val_interval` steps, then saves every `save_interval`.
 
-    A row of metrics with step k is measured with the weights after k updates, in train/ as in val/.
+    A row of metrics with step k is measured with the weights after k updates, in train/ as in val/. A stop does not
+    wait for a validation: it is saved that one is due, and the next start begins with it.
+
+    Args:
+        requested: what asks any of the ranks to stop; collective.
+        after_save: called after each save but the last.
+
+    Attributes:
+        stop: what the run was stopped by.
     """
 
     def __init__(
@@ -53,54 +63,81 @@ class Cadence(Callback):
         rhythm: Rhythm,
         validation: Batches | None,
         keeper: CheckpointKeeper | None,
-        time_limit: TimeLimit,
+        requested: Callable[[], Stop | None],
         after_save: Callable[[], object] | None = None,
     ) -> None:
         self._rhythm = rhythm
         self._validation = validation
         self._validation_references: list[list[Tensor]] = []
         self._keeper = keeper
-        self._time_limit = time_limit
+        self._requested = requested
         self._after_save = after_save
         self._latest: Metrics = {}
+        self._validation_due = validation is not None
         self.stop: Stop | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: PreferenceModule) -> None:  # type: ignore[override]
-        """Validate the untouched policy."""
-        if trainer.global_step == 0:
-            self._validate(trainer, pl_module)
+        """Validate the untouched policy, or what a stop has not let be validated."""
+        self.make_up(trainer, pl_module)
+
+    def make_up(self, trainer: Trainer, module: PreferenceModule) -> None:
+        """Do what is due before the next step, if anything; Lightning begins no training that is at its last step."""
+        if self._validation_due and not self.stop:
+            self._between_steps(trainer, module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: PreferenceModule, *_: Any) -> None:  # type: ignore[override]
         """After each update: log, validate, save, stop."""
         step, rhythm = trainer.global_step, self._rhythm
-        last = step >= rhythm.max_steps
         if (step - 1) % rhythm.log_interval == 0:
             self._log(trainer, "train", {**pl_module.metrics, **rhythm.position(step - 1)}, step - 1)
-        if step % rhythm.val_interval == 0 or last:
-            self._validate(trainer, pl_module)
-        self.stop = any_request(self._time_limit, pl_module.engine.groups.device)
-        if self._keeper:
-            self._keeper.settle()
-        if self._keeper and (step % rhythm.save_interval == 0 or last or self.stop):
-            self._keeper.save(trainer, {**self._latest, "step": step, **rhythm.position(step)})
-            if last or self.stop:
-                self._keeper.settle(wait=True)
-            if self._after_save and not (last or self.stop):  # at the end `finish` exports; a stop has no time for it
-                self._after_save()
+        if self._validation is not None:
+            self._validation_due = step % rhythm.val_interval == 0 or step >= rhythm.max_steps
+        self._between_steps(trainer, pl_module)
+
+    def _between_steps(self, trainer: Trainer, module: PreferenceModule) -> None:
+        step = trainer.global_step
+        if self._validation and self._validation_due:
+            self._validate(trainer, module, self._validation)
+        self.stop = self._requested()
+        if self._keeper and step:
+            self._save_if_due(trainer, module, self._keeper)
         if self.stop:
             logger.warning("stopping after step %d: %s", step, self.stop.reason)
             trainer.should_stop = True
 
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """The ranks may be in different places now: no more is written together."""
-        if self._keeper:
-            self._keeper.abandon()
+    def _save_if_due(self, trainer: Trainer, module: PreferenceModule, keeper: CheckpointKeeper) -> None:
+        step, rhythm = trainer.global_step, self._rhythm
+        ends = bool(self.stop) or step >= rhythm.max_steps
+        due = ends or step % rhythm.save_interval == 0
+        with module.watch.over(f"the save after step {step}"):
+            keeper.settle()
+            if due:
+                keeper.save(trainer, {**self._latest, "step": step, **rhythm.position(step)})
+            if ends:
+                keeper.settle(wait=True)
+        if self._after_save and due and not ends:  # at the end `finish` exports; a stop has no time for it
+            self._after_save()
 
-    def _validate(self, trainer: Trainer, module: PreferenceModule) -> None:
-        if self._validation is None:
+    def on_exception(self, trainer: Trainer, pl_module: PreferenceModule, exception: BaseException) -> None:  # type: ignore[override]
+        """Give up the save on its way, unless all ranks are here: they may be in different places now."""
+        if not self._keeper:
             return
+        if not isinstance(exception, NonFiniteError):
+            self._keeper.abandon()
+            return
+        try:
+            with pl_module.watch.over("the save on its way"):
+                self._keeper.settle(wait=True)
+        except SaveError as error:
+            logger.error("%s", error)
+
+    def _validate(self, trainer: Trainer, module: PreferenceModule, pairs: Batches) -> None:
         start = time.perf_counter()
-        metrics = module.evaluate(self._validation, self._validation_references)
+        try:
+            metrics = module.evaluate(pairs, self._validation_references)
+        except Stopped:
+            return
+        self._validation_due = False
         seconds = time.perf_counter() - start
         self._latest = {f"val_{name}": value for name, value in metrics.items()}
         self._log(trainer, "val", {**metrics, "validation_step_time": seconds}, trainer.global_step)
@@ -113,12 +150,15 @@ class Cadence(Callback):
             target.log_metrics(named, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The metrics that the next save would name."""
-        return {"latest": self._latest, "keeper": self._keeper.state_dict() if self._keeper else None}
+        """The metrics that the next save would name, and whether they are those of its step."""
+        keeper = self._keeper.state_dict() if self._keeper else None
+        return {"latest": self._latest, "validation_due": self._validation_due, "keeper": keeper}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See state_dict."""
         self._latest = state_dict["latest"]
+        due = state_dict.get("validation_due", False)  # not in those of a version that stopped after it
+        self._validation_due = due and self._validation is not None
         if self._keeper and state_dict["keeper"]:
             self._keeper.load_state_dict(state_dict["keeper"])
 

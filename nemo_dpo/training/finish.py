@@ -34,6 +34,9 @@ def finish(
 
     Args:
         export: writes what was trained as a `.nemo`.
+
+    Raises:
+        Stopped: asked to, before the export.
     """
     test = data.batches("test")
     if test is not None:

@@ -21,6 +21,7 @@ from nemo_dpo.parallel.engine import Engine, ForwardStep
 from nemo_dpo.parallel.watch import Watch
 from nemo_dpo.reference.frozen import Reference
 from nemo_dpo.training.data import Batches
+from nemo_dpo.training.leave import Stop, Stopped
 from nemo_dpo.training.lr import build_scheduler
 from nemo_dpo.training.nonfinite import NonFinite
 from nemo_dpo.training.step import objective_step
@@ -32,8 +33,12 @@ Metrics = dict[str, float]
 class PreferenceModule(LightningModule):
     """Drives `Engine` from Lightning's loop.
 
+    Args:
+        requested: what asks any of the ranks to stop; collective.
+
     Attributes:
         metrics: the last step's metrics, without prefix; equal on all ranks.
+        watch: over what this rank does.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class PreferenceModule(LightningModule):
         clip_grad: float,
         nonfinite: NonFinite,
         watch: Watch,
+        requested: Callable[[], Stop | None],
         first_step: int,
         max_steps: int,
     ) -> None:
@@ -58,7 +64,8 @@ class PreferenceModule(LightningModule):
         self._optim = optim
         self._clip_grad = clip_grad
         self._nonfinite = nonfinite
-        self._watch = watch
+        self.watch = watch
+        self._requested = requested
         self._first_step = first_step
         self._max_steps = max_steps
         self.metrics: Metrics = {}
@@ -78,9 +85,9 @@ class PreferenceModule(LightningModule):
         """Reference pass, forward and backward, update, schedule; leaves `metrics`.
 
         Raises:
-            FloatingPointError: loss or gradient norm is NaN or infinite, and the run is to stop (see `NonFinite`).
+            NonFiniteError: loss or gradient norm is NaN or infinite, and the run is to stop (see `NonFinite`).
         """
-        with self._watch.over(f"step {self.trainer.global_step}"):
+        with self.watch.over(f"step {self.trainer.global_step}"):
             self._train(batch, self.trainer.global_step)
 
     def _train(self, batch: GlobalBatch, step: int) -> None:
@@ -108,14 +115,20 @@ class PreferenceModule(LightningModule):
         }
 
     def evaluate(self, batches: Batches, references: list[list[Tensor]]) -> Metrics:
-        """Metrics over all `batches`; the reference's log-probs are computed unless `references` holds them already."""
-        with self._watch.over(f"the evaluation of {batches.split}"):
+        """Metrics over all `batches`; the reference's log-probs are computed unless `references` holds them already.
+
+        Raises:
+            Stopped: asked to, before the last batch; `references` keeps what it has got.
+        """
+        with self.watch.over(f"the evaluation of {batches.split}"):
             return self._evaluate(batches, references)
 
     def _evaluate(self, batches: Batches, references: list[list[Tensor]]) -> Metrics:
         sums: list[Tensor] = []
         for number in range(len(batches)):
-            self._watch.mark()
+            self.watch.mark()
+            if stop := self._requested():
+                raise Stopped(stop, f"in the evaluation of {batches.split}")
             on_device = batches[number].to(self.engine.groups.device)
             if number == len(references):
                 references.append(self._reference.logps(on_device))
@@ -128,7 +141,7 @@ class PreferenceModule(LightningModule):
         step = objective_step(self._objective, references)
 
         def marked(iterator: Iterator[MicroBatch], chunk: nn.Module) -> Any:
-            self._watch.mark()
+            self.watch.mark()
             return step(iterator, chunk)
 
         return marked

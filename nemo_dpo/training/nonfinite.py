@@ -31,6 +31,10 @@ SIDES = ("chosen", "rejected")
 WORDS = {"loss": "the loss", "grad_norm": "gradient norm"}
 
 
+class NonFiniteError(FloatingPointError):
+    """The run is to stop at a step that is not finite; raised on all ranks alike."""
+
+
 class NonFinite:
     """Judges each step; one that is not finite is written to `path` with its pairs.
 
@@ -78,7 +82,7 @@ class NonFinite:
             outcomes: of this rank's micro-batches, on the last stage; so are `references`, the reference's log-probs.
 
         Raises:
-            FloatingPointError: on all ranks, if the run is to stop.
+            NonFiniteError: the run is to stop.
         """
         broken = [name for name, value in figures.items() if not math.isfinite(value)]
         if not broken:
@@ -99,7 +103,7 @@ class NonFinite:
         what = f"{WORDS[broken[0]]} is {figures[broken[0]]}"
         text = f"step {step}: {what}; no parameter was changed. {self._told(pairs)}"
         if not goes_on:
-            raise FloatingPointError(text + self._limit_reached())
+            raise NonFiniteError(text + self._limit_reached())
         logger.warning("%s (update left out; in a row %d, in all %d)", text, self.in_a_row, self.skipped)
 
     def _pairs(

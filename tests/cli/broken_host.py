@@ -210,6 +210,22 @@ def fall_asleep() -> None:
     _in_second_step(1, lambda: time.sleep(600))
 
 
+def fall_asleep_in_a_save() -> None:
+    """The same when it saves."""
+    from nemo_dpo.checkpoint import sharded
+
+    save = sharded.save
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            time.sleep(600)
+        return save(*args, **kwargs)
+
+    sharded.save = slow
+    launch.GRACE_SECONDS = 1.0
+    answer_soon()
+
+
 # Put together here: NeMo keeps the repository's uncommitted changes in the log folder, this file perhaps among them.
 SECRETS = {name: "5ecre7" * 7 + name[:3] for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
 

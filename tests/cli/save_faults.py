@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nemo_dpo.data import DataError
 from tests.cli.probes import log_dir, wrap
 
 
@@ -54,6 +55,21 @@ def slow_while_it_is_written() -> None:
     wrap(PreferenceModule, "training_step", train)
 
 
+def compute_with_two_threads() -> None:
+    """Whose pool exists when a save is forked, and is not in the fork."""
+    import torch
+
+    from nemo_dpo.checkpoint import writing
+
+    def start(init: Any, *args: Any) -> None:
+        torch.set_num_threads(2)
+        torch.ones(10**7).sum()
+        (log_dir() / "threads.json").write_text(str(torch.get_num_threads()))
+        init(*args)
+
+    wrap(writing._Fork, "__init__", start)
+
+
 def _hang() -> None:
     (log_dir() / "writer.pid").write_text(str(os.getpid()))
     time.sleep(600)
@@ -72,10 +88,23 @@ def stop_while_it_is_written() -> None:
 
 
 def fail_while_it_is_written() -> None:
+    """It takes long; the next step fails."""
+    from nemo_dpo.training.module import PreferenceModule
+
+    def train(step: Any, module: Any, batch: Any, batch_number: int) -> None:
+        if module.trainer.global_step == 4:
+            raise DataError("the cache is gone")
+        step(module, batch, batch_number)
+
+    _at_step_4(_hang)
+    wrap(PreferenceModule, "training_step", train)
+
+
+def no_finite_loss_while_it_is_written() -> None:
     """It takes long; the loss of the next step is not finite."""
     from nemo_dpo.training import module
 
-    _at_step_4(_hang)
+    _at_step_4(lambda: time.sleep(2))
     finalize, calls = module.finalize, [0]
 
     def broken(sums: Any) -> Any:

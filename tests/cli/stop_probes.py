@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -61,10 +62,38 @@ def while_building() -> None:
     _signal_at(app, "build_engine", signal.SIGUSR1)
 
 
-def while_validating() -> None:
-    from nemo_dpo.training.module import PreferenceModule
+def in_the_first_validation() -> None:
+    """Of the untouched policy."""
+    _in_batch("validation", 1)
 
-    _signal_at(PreferenceModule, "evaluate", signal.SIGUSR1)
+
+def while_validating() -> None:
+    """After step 1; there are two batches."""
+    _in_batch("validation", 3)
+
+
+def in_the_last_validation() -> None:
+    """After step 3."""
+    _in_batch("validation", 7)
+
+
+def while_testing() -> None:
+    """The first batch of two."""
+    _in_batch("test", 1)
+
+
+def _in_batch(split: str, number: int) -> None:
+    """Of all of that split that are evaluated."""
+    from nemo_dpo.training.data import Batches
+
+    batches = itertools.count(1)
+
+    def get(function: Any, batch: Any, index: int) -> Any:
+        if batch.split == split and next(batches) == number:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return function(batch, index)
+
+    wrap(Batches, "__getitem__", get)
 
 
 def in_the_first_step() -> None:

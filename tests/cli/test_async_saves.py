@@ -64,6 +64,16 @@ def test_the_checkpoints_of_a_synchronous_save(inputs: Inputs, sync: Run, tmp_pa
 
 
 @pytest.mark.timeout(120)
+def test_from_a_process_that_computes_with_threads(inputs: Inputs, sync: Run, tmp_path: Path) -> None:
+    """The fork has none of them, and waits for none."""
+    background = run(inputs, tmp_path, "compute_with_two_threads")
+    assert background.status == 0, background.output
+    assert (tmp_path / "threads.json").read_text() == "2"
+    assert saved(tmp_path) == [2, 4, 6, 8]
+    check_goes_on(inputs, tmp_path, sync)
+
+
+@pytest.mark.timeout(120)
 def test_killed_while_it_is_written(inputs: Inputs, sync: Run, tmp_path: Path) -> None:
     """The checkpoint before it is in force, and what wrote it has died with the run."""
     killed = run(inputs, tmp_path, "kill_while_it_is_written")
@@ -92,10 +102,18 @@ def test_a_stop_request_waits_for_it_and_saves(inputs: Inputs, sync: Run, tmp_pa
 
 def test_a_run_that_fails_gives_it_up(inputs: Inputs, sync: Run, tmp_path: Path) -> None:
     failed = run(inputs, tmp_path, "fail_while_it_is_written")
-    assert failed.status == 1, failed.output
-    assert "is nan; no parameter was changed" in error_line(failed.output)
+    assert failed.status == 2, failed.output
+    assert error_line(failed.output) == "error: the cache is gone"
     assert saved(tmp_path) == [2]
     wait_for_end(int((tmp_path / "writer.pid").read_text()))
+
+
+def test_a_run_that_ends_at_a_step_that_is_not_finite_completes_it(inputs: Inputs, sync: Run, tmp_path: Path) -> None:
+    """All ranks are at the same place then."""
+    failed = run(inputs, tmp_path, "no_finite_loss_while_it_is_written")
+    assert failed.status == 1, failed.output
+    assert "is nan; no parameter was changed" in error_line(failed.output)
+    assert saved(tmp_path) == [2, 4]
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from tests.support.cli import run_cli
 LIMIT = 3.0  # seconds
 
 
-def hung(inputs: Inputs, log_dir: Path, patch: str) -> tuple[str, dict[str, str]]:
+def hung(inputs: Inputs, log_dir: Path, patch: str, *words: str) -> tuple[str, dict[str, str]]:
     """The error line of a run in which `patch` stops a rank, and the stacks that were written, by file."""
-    options = ["trainer.devices=2", f"trainer.distributed_timeout_minutes={LIMIT / 60}"]
+    options = ["trainer.devices=2", f"trainer.distributed_timeout_minutes={LIMIT / 60}", *words]
     begin = time.monotonic()
     run = run_cli([*inputs.arguments(), *options], log_dir, check=False, patches=[f"tests.cli.broken_host:{patch}"])
     assert run.status == 1, run.output
@@ -53,6 +53,14 @@ def test_a_rank_in_a_call_of_its_own_shows_where(inputs: Inputs, tmp_path: Path)
     assert stacks.keys() == {"rank_0.txt", "rank_1.txt"}
     assert "in fall_asleep" not in stacks["rank_0.txt"]
     assert "broken_host.py" in stacks["rank_1.txt"]
+
+
+def test_so_does_one_that_hangs_in_a_save(inputs: Inputs, tmp_path: Path) -> None:
+    saves = ["exp_manager.create_checkpoint_callback=true", "trainer.dpo.save_interval=1"]
+    message, stacks = hung(inputs, tmp_path, "fall_asleep_in_a_save", *saves)
+    assert "no progress for 3 s in the save after step 1 (" in message
+    assert "rank 1 at broken_host.py:" in message
+    assert stacks.keys() == {"rank_0.txt", "rank_1.txt"}
 
 
 # --- a rank that is gone ----------------------------------------------------------------------------------------------

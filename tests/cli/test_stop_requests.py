@@ -25,6 +25,7 @@ OPTIONS = [
     "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true",
     "trainer.dpo.max_steps=3",
     "trainer.dpo.val_check_interval=1",
+    "model.global_batch_size=4",  # of the 7 validation pairs there are two
 ]
 NOTHING = "step 0, 0 reference log-probs"
 
@@ -46,8 +47,10 @@ def asked_for(run: Run) -> str | None:
     [
         ("while_tokenising", "while the data were prepared", None),
         ("while_building", "before the first step of this start", None),
-        ("while_validating", "after step 1 of 3", 1),
+        ("in_the_first_validation", "after step 0 of 3", None),
         ("in_the_first_step", "after step 1 of 3", 1),
+        ("while_validating", "after step 1 of 3", 1),
+        ("in_the_last_validation", "after step 3 of 3", 3),
     ],
 )
 def test_what_is_to_be_requeued_leaves_a_file(
@@ -62,6 +65,29 @@ def test_what_is_to_be_requeued_leaves_a_file(
     assert not list((tmp_path / "data").glob("*.tmp-*")), "half a file of tokens"
     again = stopped(inputs, tmp_path, "never_asked")
     assert figures(again) == figures(whole)
+
+
+def test_a_stop_in_a_validation_does_not_wait_for_its_end(inputs: Inputs, tmp_path: Path) -> None:
+    """It is the next start's, which begins with it; and asked to stop there, saves that it is due still."""
+    first = stopped(inputs, tmp_path, "can_be_requeued", "while_validating")
+    assert [row["step"] for row in first.rows("val")] == [0]
+    again = stopped(inputs, tmp_path, "can_be_requeued", "in_the_first_validation")
+    assert "ended after step 1 of 3 (SIGUSR1)" in again.output
+    assert [row["step"] for row in again.rows("val")] == [0]
+    last = stopped(inputs, tmp_path, "never_asked")
+    assert [row["step"] for row in last.rows("val")] == [0, 1, 2, 3]
+
+
+def test_a_stop_in_the_evaluation_of_the_test_split(inputs: Inputs, tmp_path: Path) -> None:
+    """Everything else is saved."""
+    names = f"train: [{inputs.train}], validation: [{inputs.validation}], test: [{inputs.validation}]"
+    options = [f"model.data.data_prefix={{{names}}}"]
+    run = stopped(inputs, tmp_path, "can_be_requeued", "while_testing", options=options)
+    assert asked_for(run) == "step 3, 0 reference log-probs", run.output
+    assert not (tmp_path / "checkpoints" / "megatron_gpt.nemo").exists()
+    again = stopped(inputs, tmp_path, "never_asked", options=options)
+    assert len(again.rows("test")) == 1
+    assert (tmp_path / "checkpoints" / "megatron_gpt.nemo").exists()
 
 
 @pytest.fixture(scope="module")

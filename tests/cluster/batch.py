@@ -60,9 +60,10 @@ class Run:
         return "".join(f"--- {file.name}\n{file.read_text()}" for file in files if file.exists())
 
     def last_step(self) -> int:
-        """The newest step that has been logged, or -1."""
+        """The newest step of training that has been logged, or -1."""
         path = self.results / METRICS_FILE
-        return max((row["step"] for row in read_metrics(path)), default=-1) if path.exists() else -1
+        rows = read_metrics(path) if path.exists() else []
+        return max((row["step"] for row in rows if "train/loss" in row), default=-1)
 
 
 def finished(cluster: Cluster, job: str, run: Run, seconds: float = 300) -> None:

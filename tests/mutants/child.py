@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from nemo_dpo.parallel.processes import die_with
+
 ASSERTION, HUNG, IMPORT, OTHER = "assertion", "hung", "import", "other"
 # A run of the command line that died of these says nothing about what its test asserts.
 IMPORT_ERRORS = ("ImportError", "ModuleNotFoundError", "SyntaxError", "IndentationError")
@@ -75,6 +77,7 @@ def main(folder: Path, module: str, arguments: list[str]) -> None:
 
     The report: {"imported": bool, "failures": [{"test", "kind", "message"}], "passed": {test: seconds}}.
     """
+    die_with(os.getppid())
     _move_to(folder)
     recorder, imported = Recorder(), True
     try:

@@ -412,8 +412,8 @@ WAITING_AND_DRAWING_MUTATIONS = (
     Mutation(
         "work of rank 0 awaited in the group of training",
         "nemo_dpo/parallel/collective.py",
-        "group=_waiting_group(dist.group.WORLD)",
-        "group=None",
+        "dist.all_gather_object(found, value, group=_waiting_group(dist.group.WORLD))",
+        "dist.all_gather_object(found, value)",
         "tests/parallel/test_collective.py::test_work_of_rank_zero_may_outlast_the_timeout_of_training",
     ),
 )
@@ -449,6 +449,20 @@ CHECKPOINT_MUTATIONS = (
         "return folder.with_name(folder.name + UNFINISHED)",
         'return folder.with_name(folder.name + ".partial")',
         f"{KILLED}[kill_before_the_rename-4]",
+    ),
+    Mutation(
+        "a validation that a stop has cut short is forgotten",
+        "nemo_dpo/training/cadence.py",
+        'state_dict.get("validation_due", False)',
+        "False",
+        "tests/cli/test_stop_requests.py::test_a_stop_in_a_validation_does_not_wait_for_its_end",
+    ),
+    Mutation(
+        "a save on its way is given up at a step that is not finite",
+        "nemo_dpo/training/cadence.py",
+        "if not isinstance(exception, NonFiniteError):",
+        "if True:",
+        "tests/cli/test_async_saves.py::test_a_run_that_ends_at_a_step_that_is_not_finite_completes_it",
     ),
     Mutation(
         "a checkpoint's files are not looked at",

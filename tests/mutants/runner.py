@@ -146,19 +146,22 @@ class Laboratory:
     def check_green(self, tests: Sequence[str]) -> None:
         """Run `tests` without a mutant, once each; what fails now could not convict one."""
         new = list(dict.fromkeys(test for test in tests if test not in self._green))
-        if not new:
-            return
+        for passed in self._threads.map(self._baseline, shares(new, WORKERS)):
+            self._seconds |= passed
+        idle = [test for test in new if not self._runs(test)]
+        assert not idle, f"not run, or skipped: {idle}"
+        self._green.update(new)
+
+    def _baseline(self, tests: Sequence[str]) -> dict[str, float]:
+        """Seconds of each test that has passed; all must."""
         workspace = self._workspaces.get()
         try:
-            report = workspace.run_tests("nemo_dpo", new, BASELINE_SECONDS)
+            report = workspace.run_tests("nemo_dpo", tests, BASELINE_SECONDS)
             output = (workspace.folder / "output.txt").read_text(encoding="utf-8")
         finally:
             self._workspaces.put(workspace)
         assert report and not report["failures"], f"without any mutant:\n{output[-6000:]}"
-        self._seconds |= report["passed"]
-        idle = [test for test in new if not self._runs(test)]
-        assert not idle, f"not run, or skipped: {idle}"
-        self._green.update(new)
+        return dict(report["passed"])
 
     def _runs(self, test: str) -> list[float]:
         """Seconds of each passed test that a node id (of a test, a file or a folder) stands for."""
@@ -179,6 +182,17 @@ class Laboratory:
     def close(self) -> None:
         """Drop what has not begun, wait for what has."""
         self._threads.shutdown(cancel_futures=True)
+
+
+def shares(tests: Sequence[str], count: int) -> list[list[str]]:
+    """`tests` in at most `count` parts of similar length; those of one file stay together, for they share fixtures."""
+    files: dict[str, list[str]] = {}
+    for test in tests:
+        files.setdefault(test.partition("::")[0], []).append(test)
+    parts: list[list[str]] = [[] for _ in range(count)]
+    for of_file in sorted(files.values(), key=len, reverse=True):
+        min(parts, key=len).extend(of_file)
+    return [part for part in parts if part]
 
 
 def copy_repository(source: Path, into: Path) -> None:

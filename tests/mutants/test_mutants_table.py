@@ -10,7 +10,7 @@ import pytest
 
 from tests.mutants import child, operators
 from tests.mutants.named import MUTATIONS, Mutation
-from tests.mutants.runner import ROOT, Verdict, judge, module_of
+from tests.mutants.runner import ROOT, Verdict, judge, module_of, shares
 from tests.mutants.suites import SUITES
 
 SOURCE = '''
@@ -54,6 +54,12 @@ def test_a_mutation_applies_and_names_a_test(mutation: Mutation) -> None:
     assert ast.dump(tree) != ast.dump(ast.parse((ROOT / mutation.file).read_text(encoding="utf-8")))
     file, _, function = mutation.test.partition("::")
     assert f"def {function.partition('[')[0]}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_tests_are_shared_out_by_files() -> None:
+    tests = ["a::1", "b::1", "a::2", "c::1", "a::3", "d"]
+    assert shares(tests, 2) == [["a::1", "a::2", "a::3"], ["b::1", "c::1", "d"]]
+    assert shares(["a"], 2) == [["a"]]
 
 
 def test_a_mutation_whose_text_is_gone_is_refused(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch.distributed as dist
 
 from nemo_dpo.parallel.watch import NAMED_RANKS, _one_line, _told, is_lost
+from tests.parallel.watch_cases import threads_left
+from tests.support.ranks import run_ranks
 
 GLOO = RuntimeError(
     "[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:4929. This is typical. GLHF!"
@@ -36,3 +40,8 @@ def test_errors_of_collectives_and_others() -> None:
 def test_an_error_in_one_line() -> None:
     assert _one_line(GLOO) == "Connection closed by peer [::1]:4929"
     assert _one_line(RuntimeError("a\nb")) == "a b"
+
+
+def test_no_thread_outlives_the_watch(tmp_path: Path) -> None:
+    """One that came back from a call of torch's while Python ended aborted the rank, in one of two such ends."""
+    assert run_ranks(2, threads_left, tmp_path, tmp_path) == [[], []]
