@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+from nemo_dpo.one_line import one_line
+
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, hostile or does not fit; the message names file, reason and remedy."""
@@ -31,7 +33,7 @@ def io_error(error: OSError, output: Path) -> CheckpointError:
 
 def why(error: OSError) -> str:
     """The system's reason, and what to do about a full disk."""
-    text = error.strerror or " ".join(str(error).split())[:300]
+    text = error.strerror or one_line(error)
     return f"{text}; free some space" if error.errno == errno.ENOSPC else text
 
 

@@ -74,7 +74,7 @@ def is_older(path: Path) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what torch says, or the name of an error that says nothing."""
+    """The first line of what torch says, without its advice, or the name of an error that says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemo_dpo.checkpoint import SaveError, manifest
 from nemo_dpo.checkpoint.folders import commit, free_bytes, unfinished
 from nemo_dpo.checkpoint.weights import COMMON_FILE, FORMAT_FILE, METADATA
+from nemo_dpo.one_line import one_line
 from nemo_dpo.parallel.collective import agree, gather, gather_on_rank_zero, on_rank_zero
 from nemo_dpo.parallel.processes import die_with
 
@@ -259,7 +260,7 @@ class _Fork:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line; torch reports the failures of other ranks with their tracebacks."""
+    """What went wrong, in one line; of what torch reports of several ranks, the first."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[-300:] or type(error).__name__
+    return one_line(error)

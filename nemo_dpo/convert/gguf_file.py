@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from nemo_dpo.checkpoint import CheckpointError
-from nemo_dpo.tokenizer import HuggingFaceTokenizer, NoTokenizerError, one_line
+from nemo_dpo.one_line import one_line
+from nemo_dpo.tokenizer import HuggingFaceTokenizer, NoTokenizerError
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from nemo_dpo.one_line import one_line
 from nemo_dpo.parallel import RankLost
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,9 @@ def watching(limit: float, folder: Path) -> Iterator[Watch]:
     except Exception as error:
         watch.stop()
         if not is_lost(error):
-            watch.tell(f"{FAILED}{type(error).__name__}: {_one_line(error)}")
+            watch.tell(f"{FAILED}{type(error).__name__}: {_first_sentence(error)}")
             raise
-        raise RankLost(watch.ask(_one_line(error))) from error
+        raise RankLost(watch.ask(_first_sentence(error))) from error
     finally:
         watch.stop()
         watch.join()
@@ -259,7 +260,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks[:NAMED_RANKS]))}{more}"
 
 
-def _one_line(error: BaseException) -> str:
+def _first_sentence(error: BaseException) -> str:
     """The first sentence, without gloo's line of its source."""
-    text = re.sub(r"^\[\S+:\d+\] ", "", " ".join(str(error).split()))
+    text = re.sub(r"^\[\S+:\d+\] ", "", one_line(error))
     return text.partition(". ")[0][:200]

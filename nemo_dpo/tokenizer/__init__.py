@@ -9,7 +9,6 @@ from nemo_dpo.tokenizer.hf_files import (
     TokenizerError,
     copy_hf_files,
     hf_files,
-    one_line,
 )
 from nemo_dpo.tokenizer.load import (
     ARTEFACT,
@@ -36,6 +35,5 @@ __all__ = [
     "export_tokenizer",
     "hf_files",
     "load_tokenizer",
-    "one_line",
     "resolve_artefact",
 ]

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from nemo_dpo.json_file import parse_object
+from nemo_dpo.one_line import one_line
 
 HF_FILES = (
     "tokenizer.json",
@@ -25,7 +26,6 @@ HF_FILES = (
 TEMPLATES = "additional_chat_templates"  # a folder of further templates by name
 # transformers chooses a tokenizer's class by the model's config.json, too: it goes along, and is no file of HF_FILES.
 MODEL_FILE = "config.json"
-MESSAGE = 300  # characters of what a library says
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")  # a `tokenizer.model` may be of that form
 
 
@@ -89,11 +89,6 @@ def check_whole(file: Path) -> None:
         raise
     except (ValueError, RuntimeError) as error:
         raise TokenizerError(f"{file}: truncated or damaged ({one_line(error)}); copy it again") from error
-
-
-def one_line(error: BaseException) -> str:
-    """The beginning of a message in one line, or the name of an error that says nothing."""
-    return " ".join(str(error).split())[:MESSAGE] or type(error).__name__
 
 
 def _check_model(content: bytes) -> None:

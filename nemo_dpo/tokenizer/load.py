@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_dpo.data.tokenize import Tokenizer as DataTokenizer
+from nemo_dpo.one_line import one_line
 from nemo_dpo.tokenizer.hf_files import (
     NoTokenizerError,
     TokenizerError,
     check_whole,
     needed_files,
-    one_line,
 )
 
 ARTEFACT = "nemo:"

@@ -21,6 +21,7 @@ from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from nemo_dpo.config import ConfigError
 from nemo_dpo.config.exp_manager import ExpManagerConfig
+from nemo_dpo.one_line import one_line
 from nemo_dpo.parallel.collective import on_rank_zero
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def check_wandb(cfg: ExpManagerConfig) -> None:
             wandb.login(verify=True)
     except wandb.Error as error:
         raise ConfigError(
-            f"exp_manager.create_wandb_logger=true: {' '.join(str(error).split())} Or export WANDB_API_KEY, "
+            f"exp_manager.create_wandb_logger=true: {one_line(error)} Or export WANDB_API_KEY, "
             "or WANDB_MODE=offline, or set exp_manager.create_wandb_logger=false"
         ) from error
 
@@ -128,7 +129,7 @@ def _opened(target: WandbLogger, options: Mapping[str, Any]) -> WandbLogger:
     try:
         target.experiment  # noqa: B018  opens it
     except wandb.Error as error:
-        logger.warning("Weights & Biases: %s: %s", " ".join(str(error).split()), KEPT)
+        logger.warning("Weights & Biases: %s: %s", one_line(error), KEPT)
         target = WandbLogger(**{"save_dir": target.save_dir, **options, "mode": "offline"})
         target.experiment  # noqa: B018
     return target

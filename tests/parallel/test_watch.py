@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nemo_dpo.parallel.watch import NAMED_RANKS, _one_line, _told, is_lost
+from nemo_dpo.parallel.watch import NAMED_RANKS, _first_sentence, _told, is_lost
 from tests.parallel.watch_cases import threads_left
 from tests.support.ranks import run_ranks
 
@@ -37,9 +37,9 @@ def test_errors_of_collectives_and_others() -> None:
     assert not is_lost(ValueError("Connection closed by peer"))
 
 
-def test_an_error_in_one_line() -> None:
-    assert _one_line(GLOO) == "Connection closed by peer [::1]:4929"
-    assert _one_line(RuntimeError("a\nb")) == "a b"
+def test_an_error_in_first_sentence() -> None:
+    assert _first_sentence(GLOO) == "Connection closed by peer [::1]:4929"
+    assert _first_sentence(RuntimeError("a\nb")) == "a b"
 
 
 def test_no_thread_outlives_the_watch(tmp_path: Path) -> None:
