@@ -51,6 +51,7 @@ from nemo_dpo.training.module import PreferenceModule
 from nemo_dpo.training.nonfinite import NonFinite
 from nemo_dpo.training.policy import build_engine, build_evaluator
 from nemo_dpo.training.resume import (
+    Place,
     announce_steering,
     check_fixed,
     checkpoint_to_resume,
@@ -108,13 +109,13 @@ def _train(cfg: Config, log_dir: Path, groups: Groups, watch: Watch) -> None:
     resume = checkpoint_to_resume(cfg.exp_manager, log_dir / "checkpoints")
     with _started(cfg, log_dir, groups, build_engine) as start:
         facts, data = _facts(cfg, start), start.data
-        first_step = _step_to_resume(resume, start, facts) if resume else 0
+        place = _place_to_resume(resume, facts) if resume else Place()
         if cfg.exp_manager.create_checkpoint_callback:
             needed = expected_bytes(start.engine, cfg.model.optim)
             on_rank_zero(partial(check_room, log_dir / "checkpoints", needed))
         reference = build_reference(cfg, start)
         _stop_if_asked(start.limit, groups, "before the first step of this start")
-        module, trainer, cadence = _build_trainer(cfg, start, reference, facts, first_step, watch)
+        module, trainer, cadence = _build_trainer(cfg, start, reference, facts, place, watch)
         trainer.fit(module, data.train_loader(lambda: trainer.global_step), ckpt_path=str(resume) if resume else None)
         cadence.make_up(trainer, module)
         saved = cfg.exp_manager.create_checkpoint_callback
@@ -303,16 +304,16 @@ def _facts(cfg: Config, start: Start[Engine]) -> dict[str, Any]:
     }
 
 
-def _step_to_resume(checkpoint: Path, start: Start[Engine], facts: Mapping[str, Any]) -> int:
-    """The step of `checkpoint`, if it was written by a run that this start may go on with."""
+def _place_to_resume(checkpoint: Path, facts: Mapping[str, Any]) -> Place:
+    """Where `checkpoint` is, if it was written by a run that this start may go on with."""
     progress = read_progress(checkpoint)
     check_fixed(progress, facts["fixed"])
     announce_steering(progress, facts["steering"])
-    return int(progress["step"])
+    return Place(int(progress["step"]), bool(progress.get("validation_due", False)))
 
 
 def _build_trainer(
-    cfg: Config, start: Start[Engine], reference: Reference, facts: Mapping[str, Any], first_step: int, watch: Watch
+    cfg: Config, start: Start[Engine], reference: Reference, facts: Mapping[str, Any], place: Place, watch: Watch
 ) -> tuple[PreferenceModule, pl.Trainer, Cadence]:
     log_dir, engine, data = start.log_dir, start.engine, start.data
     requested = partial(any_request, start.limit, engine.groups.device)
@@ -326,11 +327,12 @@ def _build_trainer(
         watch=watch,
         # Where no checkpoint is written, nothing is gained by a validation that ends early.
         requested=requested if cfg.exp_manager.create_checkpoint_callback else lambda: None,
-        first_step=first_step,
+        first_step=place.step,
         max_steps=data.max_steps,
     )
     params = cfg.exp_manager.checkpoint_callback_params
-    keeper = CheckpointKeeper(log_dir / "checkpoints", params) if cfg.exp_manager.create_checkpoint_callback else None
+    saves = cfg.exp_manager.create_checkpoint_callback
+    keeper = CheckpointKeeper(log_dir / "checkpoints", params, mark=watch.mark) if saves else None
     rhythm = Rhythm(
         max_steps=data.max_steps,
         val_interval=data.validation_interval,
@@ -339,8 +341,13 @@ def _build_trainer(
         sampler=data.sampler,
     )
     export = partial(_export, start, nemo_path(cfg, log_dir)) if params.always_save_nemo else None
-    cadence = Cadence(rhythm, data.batches("validation"), keeper, requested, after_save=export)
-    module.progress = lambda: {**data.position(module.trainer.global_step), **facts, **this_job()}
+    cadence = Cadence(rhythm, data.batches("validation"), keeper, place, requested, after_save=export)
+    module.progress = lambda: {
+        **data.position(module.trainer.global_step),
+        "validation_due": cadence.validation_due,
+        **facts,
+        **this_job(),
+    }
     trainer = pl.Trainer(
         accelerator="cpu" if engine.groups.device.type == "cpu" else "gpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
@@ -360,7 +367,7 @@ def _build_trainer(
     )
     # Lightning turns SIGTERM into exit status 0 without a checkpoint; `signals` notes it and `Cadence` acts on it.
     trainer._signal_connector.register_signal_handlers = lambda: None
-    run_log.attach_loggers(trainer, cfg.exp_manager, log_dir, first_step)
+    run_log.attach_loggers(trainer, cfg.exp_manager, log_dir, place)
     return module, trainer, cadence
 
 

@@ -81,14 +81,14 @@ class Watch:
         self._main = threading.get_ident()
         self._work = ""
         self._deadline = math.inf
-        self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._guard, self._listen)]
+        self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
         self._asking = threading.Lock()  # whichever thread comes second must not end the process before the first
 
     def start(self) -> None:
         """A rank that is alone waits for nobody."""
-        for thread in self._threads if self._world > 1 else ():
-            thread.start()
+        for loop in (self._guard, self._listen) if self._world > 1 else ():
+            self._start(loop)
 
     def stop(self) -> None:
         """This rank ends by itself."""
@@ -96,9 +96,9 @@ class Watch:
 
     def join(self) -> None:
         """Wait for the threads: one that is in a call of torch's when Python ends would abort the process there."""
+        end = time.monotonic() + 2 * ANSWER_SECONDS
         for thread in self._threads:
-            if thread.is_alive():
-                thread.join(3 * ANSWER_SECONDS)
+            thread.join(max(0.0, end - time.monotonic()))
 
     @contextlib.contextmanager
     def over(self, work: str) -> Iterator[None]:
@@ -114,10 +114,25 @@ class Watch:
         """There is progress."""
         self._deadline = time.monotonic() + self._limit
 
+    def _start(self, action: Callable[[], object]) -> threading.Thread:
+        thread = threading.Thread(target=action, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return thread
+
+    def _within(self, seconds: float, action: Callable[[], object]) -> None:
+        """Run `action`, but wait no longer than that: the other side of a store may have been stopped."""
+
+        def run() -> None:
+            with contextlib.suppress(RuntimeError):
+                action()
+
+        self._start(run).join(seconds)
+
     def tell(self, state: str) -> None:
         """Leave word for ranks that will ask, if the store can be reached."""
         if self._world > 1:
-            _within(ANSWER_SECONDS, lambda: self._store().set(self._key(self._rank), state))
+            self._within(ANSWER_SECONDS, lambda: self._store().set(self._key(self._rank), state))
 
     def ask(self, error: str) -> str:
         """After a collective's `error`: make every rank write its stacks; see `_ask` for what is returned."""
@@ -130,7 +145,7 @@ class Watch:
         self._ended.set()
         self._write_stacks()
         found: list[dict[int, str]] = []
-        _within(3 * ANSWER_SECONDS, lambda: found.append(self._gather(state)))
+        self._within(3 * ANSWER_SECONDS, lambda: found.append(self._gather(state)))
         if not found:
             return f"{cause}; the store that the ranks met at does not answer: rank 0 or its host is gone or stopped"
         (states,) = found
@@ -214,18 +229,6 @@ class Watch:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
-
-
-def _within(seconds: float, action: Callable[[], object]) -> None:
-    """Run `action`, but wait no longer than that: the other side of a store may have been stopped."""
-
-    def run() -> None:
-        with contextlib.suppress(RuntimeError):
-            action()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
 
 
 def _is_foreign(file: str) -> bool:

@@ -24,6 +24,7 @@ from nemo_dpo.training.data import Batches
 from nemo_dpo.training.leave import Stop, Stopped
 from nemo_dpo.training.module import Metrics, PreferenceModule
 from nemo_dpo.training.nonfinite import NonFiniteError
+from nemo_dpo.training.resume import Place
 from nemo_dpo.training.space import warn_if_short
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Cadence(Callback):
 
     Attributes:
         stop: what the run was stopped by.
+        validation_due: whether the weights are still to be validated before the next step; checkpoints record it.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Cadence(Callback):
         rhythm: Rhythm,
         validation: Batches | None,
         keeper: CheckpointKeeper | None,
+        place: Place,
         requested: Callable[[], Stop | None],
         after_save: Callable[[], object] | None = None,
     ) -> None:
@@ -73,7 +76,7 @@ class Cadence(Callback):
         self._requested = requested
         self._after_save = after_save
         self._latest: Metrics = {}
-        self._validation_due = validation is not None
+        self.validation_due = place.validation_due and validation is not None
         self.stop: Stop | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: PreferenceModule) -> None:  # type: ignore[override]
@@ -82,8 +85,10 @@ class Cadence(Callback):
 
     def make_up(self, trainer: Trainer, module: PreferenceModule) -> None:
         """Do what is due before the next step, if anything; Lightning begins no training that is at its last step."""
-        if self._validation_due and not self.stop:
-            self._between_steps(trainer, module)
+        if self.validation_due and not self.stop:
+            if trainer.global_step:
+                logger.info("step %d: validating first, what a stop has put off", trainer.global_step)
+            self._between_steps(trainer, module, is_saved=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: PreferenceModule, *_: Any) -> None:  # type: ignore[override]
         """After each update: log, validate, save, stop."""
@@ -91,15 +96,16 @@ class Cadence(Callback):
         if (step - 1) % rhythm.log_interval == 0:
             self._log(trainer, "train", {**pl_module.metrics, **rhythm.position(step - 1)}, step - 1)
         if self._validation is not None:
-            self._validation_due = step % rhythm.val_interval == 0 or step >= rhythm.max_steps
-        self._between_steps(trainer, pl_module)
+            self.validation_due = step % rhythm.val_interval == 0 or step >= rhythm.max_steps
+        self._between_steps(trainer, pl_module, is_saved=False)
 
-    def _between_steps(self, trainer: Trainer, module: PreferenceModule) -> None:
+    def _between_steps(self, trainer: Trainer, module: PreferenceModule, *, is_saved: bool) -> None:
+        """`is_saved`: a checkpoint, or the start, has this step, with its validation due."""
         step = trainer.global_step
-        if self._validation and self._validation_due:
+        if self._validation is not None and self.validation_due:
             self._validate(trainer, module, self._validation)
         self.stop = self._requested()
-        if self._keeper and step:
+        if self._keeper and step and not (is_saved and self.validation_due):
             self._save_if_due(trainer, module, self._keeper)
         if self.stop:
             logger.warning("stopping after step %d: %s", step, self.stop.reason)
@@ -109,12 +115,15 @@ class Cadence(Callback):
         step, rhythm = trainer.global_step, self._rhythm
         ends = bool(self.stop) or step >= rhythm.max_steps
         due = ends or step % rhythm.save_interval == 0
-        with module.watch.over(f"the save after step {step}"):
-            keeper.settle()
-            if due:
-                keeper.save(trainer, {**self._latest, "step": step, **rhythm.position(step)})
-            if ends:
-                keeper.settle(wait=True)
+        if due or keeper.is_writing:
+            with module.watch.over(f"the save after step {step}"):
+                keeper.settle()
+                if due:
+                    # Figures of earlier weights would rank these before better ones.
+                    known = dict.fromkeys(self._latest, math.nan) if self.validation_due else self._latest
+                    keeper.save(trainer, {**known, "step": step, **rhythm.position(step)})
+                if ends:
+                    keeper.settle(wait=True)
         if self._after_save and due and not ends:  # at the end `finish` exports; a stop has no time for it
             self._after_save()
 
@@ -128,8 +137,8 @@ class Cadence(Callback):
         try:
             with pl_module.watch.over("the save on its way"):
                 self._keeper.settle(wait=True)
-        except SaveError as error:
-            logger.error("%s", error)
+        except (SaveError, OSError) as error:
+            logger.warning("%s", error)
 
     def _validate(self, trainer: Trainer, module: PreferenceModule, pairs: Batches) -> None:
         start = time.perf_counter()
@@ -137,7 +146,7 @@ class Cadence(Callback):
             metrics = module.evaluate(pairs, self._validation_references)
         except Stopped:
             return
-        self._validation_due = False
+        self.validation_due = False
         seconds = time.perf_counter() - start
         self._latest = {f"val_{name}": value for name, value in metrics.items()}
         self._log(trainer, "val", {**metrics, "validation_step_time": seconds}, trainer.global_step)
@@ -150,15 +159,12 @@ class Cadence(Callback):
             target.log_metrics(named, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The metrics that the next save would name, and whether they are those of its step."""
-        keeper = self._keeper.state_dict() if self._keeper else None
-        return {"latest": self._latest, "validation_due": self._validation_due, "keeper": keeper}
+        """The metrics that the next save would name."""
+        return {"latest": self._latest, "keeper": self._keeper.state_dict() if self._keeper else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See state_dict."""
         self._latest = state_dict["latest"]
-        due = state_dict.get("validation_due", False)  # not in those of a version that stopped after it
-        self._validation_due = due and self._validation is not None
         if self._keeper and state_dict["keeper"]:
             self._keeper.load_state_dict(state_dict["keeper"])
 
@@ -169,11 +175,15 @@ class CheckpointKeeper:
     A checkpoint's score is that of the newest validation before it; one without a finite score is never among the best.
     Scores are remembered in the checkpoints themselves, not read from their names, and folders that this run did not
     write are left alone. Nothing is deleted before a newer checkpoint is complete.
+
+    Args:
+        mark: called where there is progress.
     """
 
-    def __init__(self, folder: Path, params: CheckpointCallbackParams) -> None:
+    def __init__(self, folder: Path, params: CheckpointCallbackParams, mark: Callable[[], None]) -> None:
         self._folder = folder
         self._params = params
+        self._mark = mark
         self._scores: dict[str, float] = {}
         self._writing: Writing | None = None
 
@@ -184,12 +194,19 @@ class CheckpointKeeper:
             SaveError: this one or the one before cannot be written.
         """
         self.settle(wait=True)
+        self._mark()
         name = checkpoint_name(self._params.filename, values)
         self._scores[name] = float(values.get(self._params.monitor, math.nan))
         trainer.save_checkpoint(self._folder / name)
         self._writing = trainer.strategy.writing  # type: ignore[attr-defined]
+        self._mark()
         if not self._params.async_save:
             self.settle(wait=True)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is on its way."""
+        return self._writing is not None
 
     def settle(self, *, wait: bool = False) -> None:
         """Complete the checkpoint that is on its way, if all ranks have written theirs; then prune. Collective.
@@ -205,6 +222,7 @@ class CheckpointKeeper:
             return
         self._writing = None
         writing.finish()
+        self._mark()
         kept = {writing.folder.name, *self._best()}
         on_rank_zero(lambda: self._make_current(writing, self._scores.keys() - kept))
         self._scores = {name: score for name, score in self._scores.items() if name in kept}

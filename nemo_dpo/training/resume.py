@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,19 @@ def checkpoint_to_resume(manager: ExpManagerConfig, folder: Path) -> Path | None
             "away to start afresh"
         )
     return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run begins.
+
+    Attributes:
+        step: updates made so far.
+        validation_due: whether the weights at that step are to be validated first.
+    """
+
+    step: int = 0
+    validation_due: bool = True
 
 
 def this_job() -> dict[str, str]:

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from nemo_dpo.checkpoint import SaveError
 from nemo_dpo.config import Config, to_yaml
 from nemo_dpo.config.exp_manager import ExpManagerConfig, nemo_options
+from nemo_dpo.training.resume import Place
 from nemo_dpo.training.wandb_log import GuardedWandb, wandb_options
 
 PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "lightning", "transformers", "transformer-engine", "nemo_dpo")
@@ -93,7 +94,7 @@ def _installed(name: str) -> bool:
     return True
 
 
-def attach_loggers(trainer: Trainer, cfg: ExpManagerConfig, log_dir: Path, resume_step: int) -> None:
+def attach_loggers(trainer: Trainer, cfg: ExpManagerConfig, log_dir: Path, place: Place) -> None:
     """NeMo's exp_manager makes the loggers that `cfg` asks for; metrics.jsonl is added to them.
 
     exp_manager's checkpoints, resuming and preemption stay off: they read the state of a run from file names.
@@ -109,7 +110,7 @@ def attach_loggers(trainer: Trainer, cfg: ExpManagerConfig, log_dir: Path, resum
         GuardedWandb(target, options["wandb_logger_kwargs"]) if isinstance(target, WandbLogger) else target
         for target in trainer.loggers
     ]
-    trainer.loggers = [*guarded, JsonlLogger(log_dir / METRICS_FILE, resume_step)]
+    trainer.loggers = [*guarded, JsonlLogger(log_dir / METRICS_FILE, place)]
 
 
 def close_loggers(trainer: Trainer) -> None:
@@ -126,14 +127,14 @@ class JsonlLogger(Logger):
     file of an earlier one aside, as metrics_1.jsonl.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, place: Place) -> None:
         super().__init__()
         self._path = path
         if rank_zero_only.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if resume_step == 0 and path.exists():
+            if place.step == 0 and path.exists():
                 _set_aside(path)
-            rows = [row for row in read_metrics(path) if _before(row, resume_step)] if path.exists() else []
+            rows = [row for row in read_metrics(path) if _before(row, place)] if path.exists() else []
             fresh = path.with_name(f".{path.name}.new")  # a kill leaves the old rows or these
             fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             os.replace(fresh, path)
@@ -172,13 +173,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _before(row: Mapping[str, Any], resume_step: int) -> bool:
-    # A step's training metrics belong to the update that follows; validation at a step precedes the save at that step;
-    # the test split comes last and is evaluated again.
+def _before(row: Mapping[str, Any], place: Place) -> bool:
+    # A step's training metrics belong to the update that follows; validation at a step precedes the save at that step,
+    # unless a stop has left it to the next start; the test split comes last and is evaluated again.
     if any(name.startswith("test/") for name in row):
         return False
-    training = any(name.startswith("train/") for name in row)
-    return bool(row["step"] < resume_step if training else row["step"] <= resume_step)
+    follows = any(name.startswith("train/") for name in row) or place.validation_due
+    return bool(row["step"] < place.step if follows else row["step"] <= place.step)
 
 
 class ProgressBar(TQDMProgressBar):

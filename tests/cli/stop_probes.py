@@ -83,13 +83,14 @@ def while_testing() -> None:
 
 
 def _in_batch(split: str, number: int) -> None:
-    """Of all of that split that are evaluated."""
+    """Of all of that split that are evaluated; the last rank alone is asked."""
     from nemo_dpo.training.data import Batches
 
     batches = itertools.count(1)
 
     def get(function: Any, batch: Any, index: int) -> Any:
-        if batch.split == split and next(batches) == number:
+        last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        if last and batch.split == split and next(batches) == number:
             os.kill(os.getpid(), signal.SIGUSR1)
         return function(batch, index)
 
@@ -100,6 +101,12 @@ def in_the_first_step() -> None:
     from nemo_dpo.training.module import PreferenceModule
 
     _signal_at(PreferenceModule, "training_step", signal.SIGUSR1)
+
+
+def killed_in_the_first_step() -> None:
+    from nemo_dpo.training.module import PreferenceModule
+
+    _signal_at(PreferenceModule, "training_step", signal.SIGKILL)
 
 
 def terminated_in_the_first_step() -> None:

@@ -110,7 +110,8 @@ def test_a_run_that_fails_gives_it_up(inputs: Inputs, sync: Run, tmp_path: Path)
 
 def test_a_run_that_ends_at_a_step_that_is_not_finite_completes_it(inputs: Inputs, sync: Run, tmp_path: Path) -> None:
     """All ranks are at the same place then."""
-    failed = run(inputs, tmp_path, "no_finite_loss_while_it_is_written")
+    two = ["trainer.devices=2", "model.micro_batch_size=1"]
+    failed = run(inputs, tmp_path, "no_finite_loss_while_it_is_written", *two)
     assert failed.status == 1, failed.output
     assert "is nan; no parameter was changed" in error_line(failed.output)
     assert saved(tmp_path) == [2, 4]

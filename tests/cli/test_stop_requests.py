@@ -67,15 +67,39 @@ def test_what_is_to_be_requeued_leaves_a_file(
     assert figures(again) == figures(whole)
 
 
-def test_a_stop_in_a_validation_does_not_wait_for_its_end(inputs: Inputs, tmp_path: Path) -> None:
-    """It is the next start's, which begins with it; and asked to stop there, saves that it is due still."""
-    first = stopped(inputs, tmp_path, "can_be_requeued", "while_validating")
+LAYOUTS = {
+    "1": [],
+    "1, async": ["exp_manager.checkpoint_callback_params.async_save=true"],
+    "DP 2": ["trainer.devices=2"],
+    "PP 2": ["trainer.devices=2", "model.pipeline_model_parallel_size=2"],
+}
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stop_in_a_validation_does_not_wait_for_its_end(inputs: Inputs, tmp_path: Path, layout: str) -> None:
+    """It is the next start's, whatever becomes of those between; one rank has been asked, and all stop."""
+
+    def run(*probes: str, log_dir: Path = tmp_path / "stopped") -> Run:
+        return stopped(inputs, log_dir, "can_be_requeued", *probes, options=LAYOUTS[layout])
+
+    first = run("while_validating")
+    assert "ended after step 1 of 3 (SIGUSR1)" in first.output
     assert [row["step"] for row in first.rows("val")] == [0]
-    again = stopped(inputs, tmp_path, "can_be_requeued", "in_the_first_validation")
-    assert "ended after step 1 of 3 (SIGUSR1)" in again.output
-    assert [row["step"] for row in again.rows("val")] == [0]
-    last = stopped(inputs, tmp_path, "never_asked")
+    (only,) = (first.log_dir / "checkpoints").glob("megatron_gpt--*")
+    assert "val_loss=nan-step=1" in only.name, "not the figure of other weights"
+
+    both = run("in_the_first_validation").output  # a folder's runs write to one file
+    assert both.count("ended after step 1 of 3 (SIGUSR1)") == 2
+    assert both.count("saved megatron_gpt--") == 1, "nothing was new"
+    run("killed_in_the_first_step")
+    assert [row["step"] for row in first.rows("val")] == [0, 1]
+
+    last, whole = run("never_asked"), run("never_asked", log_dir=tmp_path / "whole")
     assert [row["step"] for row in last.rows("val")] == [0, 1, 2, 3]
+    assert figures(last) == figures(whole)
+    left, expected = (sorted(path.name for path in (run.log_dir / "checkpoints").iterdir()) for run in (last, whole))
+    assert left == expected
 
 
 def test_a_stop_in_the_evaluation_of_the_test_split(inputs: Inputs, tmp_path: Path) -> None:

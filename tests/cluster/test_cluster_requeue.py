@@ -59,7 +59,9 @@ def check_whole(run: Run, whole: cli.Run) -> None:
 
 def check_training(run: Run, whole: cli.Run) -> None:
     """The same of a run that has validated more often."""
-    assert figures(cli.Run(0, "", run.results))["train"] == figures(whole)["train"], run.said()
+    found = cli.Run(0, "", run.results)
+    assert figures(found)["train"] == figures(whole)["train"], run.said()
+    assert [row["step"] for row in found.rows("val")] == list(range(STEPS + 1)), run.said()
 
 
 def new_steps(run: Run) -> Callable[[], bool]:

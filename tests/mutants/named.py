@@ -452,10 +452,24 @@ CHECKPOINT_MUTATIONS = (
     ),
     Mutation(
         "a validation that a stop has cut short is forgotten",
-        "nemo_dpo/training/cadence.py",
-        'state_dict.get("validation_due", False)',
+        "nemo_dpo/app.py",
+        'progress.get("validation_due", False)',
         "False",
-        "tests/cli/test_stop_requests.py::test_a_stop_in_a_validation_does_not_wait_for_its_end",
+        "tests/cli/test_stop_requests.py::test_a_stop_in_a_validation_does_not_wait_for_its_end[1]",
+    ),
+    Mutation(
+        "a validation that is due is logged twice",
+        "nemo_dpo/training/run_log.py",
+        " or place.validation_due",
+        "",
+        "tests/training/test_run_log.py::test_a_validation_that_is_due_is_logged_again",
+    ),
+    Mutation(
+        "a stop before its validation is saved under the figures of the one before",
+        "nemo_dpo/training/cadence.py",
+        "dict.fromkeys(self._latest, math.nan) if self.validation_due else self._latest",
+        "self._latest",
+        "tests/cli/test_stop_requests.py::test_a_stop_in_a_validation_does_not_wait_for_its_end[1]",
     ),
     Mutation(
         "a save on its way is given up at a step that is not finite",

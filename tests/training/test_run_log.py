@@ -12,6 +12,7 @@ import pytest
 from nemo_dpo.checkpoint import SaveError
 from nemo_dpo.config import Config, to_yaml
 from nemo_dpo.config.exp_manager import ExpManagerConfig
+from nemo_dpo.training.resume import Place
 from nemo_dpo.training.run_log import JsonlLogger, log_dir_of, read_metrics, save_run_facts
 
 DATE = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"
@@ -67,8 +68,8 @@ ROWS = [
 ]
 
 
-def rows_after_resume(path: Path, step: int) -> list[dict[str, Any]]:
-    JsonlLogger(path, step)
+def rows_after_resume(path: Path, step: int, *, validation_due: bool = False) -> list[dict[str, Any]]:
+    JsonlLogger(path, Place(step, validation_due))
     return read_metrics(path)
 
 
@@ -84,19 +85,26 @@ def test_a_resumed_run_drops_what_it_will_log_again(tmp_path: Path, step: int, k
     assert rows_after_resume(path, step) == ROWS[:kept]
 
 
+def test_a_validation_that_is_due_is_logged_again(tmp_path: Path) -> None:
+    """An earlier start has made it, and saved nothing since."""
+    path = tmp_path / "metrics.jsonl"
+    write(path, ROWS)
+    assert rows_after_resume(path, 2, validation_due=True) == ROWS[:3]
+
+
 def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, ROWS[:3])
     with path.open("a") as file:
         file.write('{"step": 2, "val/lo')
     assert rows_after_resume(path, 2) == ROWS[:3]
-    JsonlLogger(path, 2).log_metrics({"val/loss": 0.5}, 2)
+    JsonlLogger(path, Place(2, validation_due=False)).log_metrics({"val/loss": 0.5}, 2)
     assert read_metrics(path) == [*ROWS[:3], {"step": 2, "val/loss": 0.5}]
 
 
 def test_a_fresh_log(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.jsonl"
-    logger = JsonlLogger(path, 0)
+    logger = JsonlLogger(path, Place())
     for row in ROWS:
         logger.log_metrics({name: value for name, value in row.items() if name != "step"}, row["step"])
     assert read_metrics(path) == ROWS
@@ -105,7 +113,7 @@ def test_a_fresh_log(tmp_path: Path) -> None:
 def test_a_fresh_start_sets_the_figures_of_earlier_runs_aside(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for loss in (0.1, 0.2, 0.3):
-        JsonlLogger(path, 0).log_metrics({"train/loss": loss}, 0)
+        JsonlLogger(path, Place()).log_metrics({"train/loss": loss}, 0)
     kept = [read_metrics(tmp_path / name)[0]["train/loss"] for name in ("metrics_1.jsonl", "metrics_2.jsonl")]
     assert kept == [0.1, 0.2]
     assert read_metrics(path) == [{"step": 0, "train/loss": 0.3}]
@@ -113,7 +121,7 @@ def test_a_fresh_start_sets_the_figures_of_earlier_runs_aside(tmp_path: Path) ->
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    logger = JsonlLogger(path, 0)
+    logger = JsonlLogger(path, Place())
     path.unlink()
     path.symlink_to("/dev/full")
     with pytest.raises(SaveError, match=r"metrics\.jsonl: cannot be written \(No space left on device\); make space"):
