@@ -317,6 +317,7 @@ def _build_trainer(
 ) -> tuple[PreferenceModule, pl.Trainer, Cadence]:
     log_dir, engine, data = start.log_dir, start.engine, start.data
     requested = partial(any_request, start.limit, engine.groups.device)
+    saves = cfg.exp_manager.create_checkpoint_callback
     module = PreferenceModule(
         engine,
         reference,
@@ -326,12 +327,11 @@ def _build_trainer(
         nonfinite=NonFinite(cfg.trainer.dpo, log_dir / nonfinite.FILE, data.source, engine.groups),
         watch=watch,
         # Where no checkpoint is written, nothing is gained by a validation that ends early.
-        requested=requested if cfg.exp_manager.create_checkpoint_callback else lambda: None,
+        requested=requested if saves else lambda: None,
         first_step=place.step,
         max_steps=data.max_steps,
     )
     params = cfg.exp_manager.checkpoint_callback_params
-    saves = cfg.exp_manager.create_checkpoint_callback
     keeper = CheckpointKeeper(log_dir / "checkpoints", params, mark=watch.mark) if saves else None
     rhythm = Rhythm(
         max_steps=data.max_steps,
