@@ -102,6 +102,8 @@ def _move_to(folder: Path) -> None:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.environ.update(PYTHONPATH=str(folder), OMP_NUM_THREADS="1", TMPDIR=str(folder / "tmp"))
+    # Its threads would be missing in what tests fork after one that has tokenised here, which would wait for them.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tempfile.tempdir = None
     # Two mutants of one file may have the same size and be written within a second: bytecode would be stale.
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
