@@ -87,7 +87,7 @@ FAMILY_MUTATIONS = (
         f"{FAMILIES}common.py",
         '    "bias_activation_fusion": False,\n',
         "",
-        "tests/convert/test_families.py::test_nemo_builds_what_is_written[gpt2]",
+        "tests/convert/test_families.py::test_nemo_builds_what_is_written[qwen3]",
     ),
     Mutation(
         "RoPE turns every channel",
@@ -108,7 +108,7 @@ FAMILY_MUTATIONS = (
         f"{FAMILIES}common.py",
         "[window - 1, 0]",
         "[window, 0]",
-        f"{LOGITS}mistral_window]",
+        "tests/convert/test_families.py::test_model_config_has_nemos_keys[mistral with a window]",
     ),
     Mutation(
         "the MLP of a parallel layer reads attention's sum",
