@@ -32,7 +32,12 @@ SUITES: dict[str, tuple[str, ...]] = {
     ),
     "nemo_dpo/parallel/groups.py": ("tests/parallel/test_stages.py", "tests/model/test_dropout.py", *SPINE),
     "nemo_dpo/parallel/collective.py": ("tests/parallel/test_collective.py", *COMMANDS),
-    "nemo_dpo/parallel/cpu_host.py": ("tests/parallel/test_cpu_host.py", "tests/model/test_dropout.py", *SPINE),
+    "nemo_dpo/parallel/cpu_host.py": (
+        "tests/parallel/test_cpu_host.py",
+        "tests/model/test_dropout.py",
+        *SPINE,
+        "tests/model/test_experts.py",
+    ),
     "nemo_dpo/parallel/mcore_repairs.py": RESUMES,
     "nemo_dpo/parallel/processes.py": (
         "tests/cli/test_launch.py::test_a_killed_parent_takes_its_ranks_along_and_sigterm_saves",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch.distributed as dist
 
 from nemo_dpo.parallel.watch import NAMED_RANKS, _first_sentence, _told, is_lost
-from tests.parallel.watch_cases import threads_left
+from tests.parallel.watch_cases import ask_one_that_has_failed, ask_the_other, threads_left
 from tests.support.ranks import run_ranks
 
 GLOO = RuntimeError(
@@ -45,3 +46,18 @@ def test_an_error_in_first_sentence() -> None:
 def test_no_thread_outlives_the_watch(tmp_path: Path) -> None:
     """One that came back from a call of torch's while Python ended aborted the rank, in one of two such ends."""
     assert run_ranks(2, threads_left, tmp_path, tmp_path) == [[], []]
+
+
+def test_who_is_asked_says_where_it_is(tmp_path: Path) -> None:
+    told, _ = run_ranks(2, ask_the_other, tmp_path, tmp_path)
+    where = r"rank 0 lost a connection; rank 1 at watch_cases\.py:\d+ \(_asked\)"
+    pattern = rf"rank 0 lost a connection: it is gone; {where}\. Stacks: {re.escape(str(tmp_path / 'stacks'))}"
+    assert re.fullmatch(pattern, told), told
+    assert {path.name for path in (tmp_path / "stacks").iterdir()} == {"rank_0.txt", "rank_1.txt"}
+
+
+def test_who_has_failed_has_said_so(tmp_path: Path) -> None:
+    """Then it is not this rank's to say; it logs whose."""
+    told, _ = run_ranks(2, ask_one_that_has_failed, tmp_path, tmp_path)
+    assert told == ""
+    assert "rank 0 ends: rank 1 failed: ValueError: no pairs" in (tmp_path / "log.txt").read_text()
